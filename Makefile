@@ -1,0 +1,33 @@
+# Every target sets up what it needs: a virtual environment in .venv, filled once and refilled when
+# pyproject.toml or constraints.txt change. Needs make and Python >= 3.11, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check format bench clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ununennium needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+demo: $(READY)   ## train, validate and map a real scene (Indian Pines) in under two minutes
+	$(BIN)/ununennium demo $(ARGS)
+
+test: $(READY)   ## the test suite
+	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+check: $(READY)  ## formatting, linting, typing, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist
