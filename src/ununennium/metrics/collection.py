@@ -1,0 +1,128 @@
+"""Several metrics over the same batches."""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ununennium.metrics.confusion import ConfusionMatrix, ConfusionMetric
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """What a metric must have. Any torchmetrics metric does."""
+
+    def update(self, outputs: Any, targets: Any, /) -> None:
+        """Take in one batch."""
+
+    def compute(self) -> Any:
+        """Return the figure of all batches since the last reset: a number, a vector, or a dict of them."""
+
+    def reset(self) -> None:
+        """Forget all batches."""
+
+
+class MetricCollection:
+    """Named metrics over the same batches; those that need the same confusion matrix share one.
+
+    Parameters
+    ----------
+    metrics : iterable of Metric, or mapping of str to Metric
+        Metrics of a list are named by their ``name`` or else by their class (``MeanSquaredError`` is
+        ``mean_squared_error``). They are copied: the caller's objects stay as they are.
+
+    Raises
+    ------
+    TypeError
+        If something is not a metric.
+    ValueError
+        If two metrics have the same name.
+    """
+
+    def __init__(self, metrics: Iterable[Metric] | Mapping[str, Metric]) -> None:
+        named = list(metrics.items()) if isinstance(metrics, Mapping) else [(_name(m), m) for m in metrics]
+        self._metrics: dict[str, Metric] = {}
+        matrices: dict[tuple[int, int | None], ConfusionMatrix] = {}
+        self._sources: list[Metric | ConfusionMatrix] = []
+        for name, metric in named:
+            if isinstance(metric, type) or not isinstance(metric, Metric):
+                raise TypeError(f"metric {name!r} is {metric!r}, which is no object with update, compute and reset")
+            if name in self._metrics:
+                raise ValueError(
+                    f'two metrics are called {name!r}: pass a dict to name them, metrics={{"{name}": …, "{name}_2": …}}'
+                )
+            metric = self._metrics[name] = copy.deepcopy(metric)
+            if not isinstance(metric, ConfusionMetric) or type(metric).update is not ConfusionMetric.update:
+                self._sources.append(metric)  # it counts in its own way
+                continue
+            key = metric.confusion.num_classes, metric.confusion.ignore_index
+            if key not in matrices:
+                matrices[key] = metric.confusion
+                self._sources.append(metric.confusion)
+            metric.confusion = matrices[key]
+
+    def __len__(self) -> int:
+        return len(self._metrics)
+
+    def items(self) -> Iterable[tuple[str, Metric]]:
+        """Return names and metrics."""
+        return self._metrics.items()
+
+    def names(self) -> list[str]:
+        """Return the names that ``compute`` gives, as far as they are known before: figures per class by class."""
+        names = []
+        for name, metric in self._metrics.items():
+            if isinstance(metric, ConfusionMetric) and metric.average == "none":
+                names += [f"{name}/{c}" for c in metric.class_names or range(metric.confusion.num_classes)]
+            else:
+                names.append(name)
+        return names
+
+    def higher_is_better(self, name: str) -> bool | None:
+        """Tell whether more is better for one of the names of ``compute``; None if the metric does not say."""
+        owners = [own for own in self._metrics if name == own or name.startswith(f"{own}/")]
+        return getattr(self._metrics[max(owners, key=len)], "higher_is_better", None) if owners else None
+
+    @torch.no_grad()
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Show one batch to every metric."""
+        for source in self._sources:
+            source.update(outputs, targets)
+
+    def compute(self) -> dict[str, float]:
+        """Return every figure as a float; vectors and dicts as ``name/class`` or ``name/key``."""
+        figures: dict[str, float] = {}
+        for name, metric in self._metrics.items():
+            figures |= _flat(name, metric.compute(), getattr(metric, "class_names", None))
+        return figures
+
+    def reset(self) -> None:
+        """Reset every metric."""
+        for source in self._sources:
+            source.reset()
+
+    def to(self, device: torch.device) -> "MetricCollection":
+        """Move metrics that keep their state on one device (torchmetrics); ours follow the batches."""
+        for source in self._sources:
+            if hasattr(source, "to"):
+                source.to(device)
+        return self
+
+
+def _name(metric: Any) -> str:
+    name = getattr(metric, "name", None)
+    if isinstance(name, str):
+        return name
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(metric).__name__).lower()
+
+
+def _flat(name: str, value: Any, parts: Iterable[str] | None) -> dict[str, float]:
+    if isinstance(value, Mapping):
+        return {k: v for key, item in value.items() for k, v in _flat(f"{name}/{key}", item, None).items()}
+    if isinstance(value, Tensor) and value.ndim:
+        values = value.flatten().tolist()
+        return {f"{name}/{part}": float(v) for part, v in zip(parts or range(len(values)), values, strict=True)}
+    return {name: float(value)}

@@ -1,0 +1,228 @@
+"""The confusion matrix and what is read from it."""
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Average = Literal["macro", "micro", "none"]
+
+
+class ConfusionMatrix:
+    """Exact counts of (true class, predicted class) pairs, kept on the device of the predictions.
+
+    Parameters
+    ----------
+    num_classes : int
+        Number of classes C, at least 2.
+    ignore_index : int, optional
+        Target value that is left out, inside or outside 0 … C-1.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
+        self.num_classes = operator.index(num_classes)
+        if self.num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2 (one class is two: it and the rest), got {num_classes!r}")
+        self.ignore_index = None if ignore_index is None else operator.index(ignore_index)
+        # Rows: below 0, the classes, above C-1. Columns: the classes, outside. So that a wrong label or prediction
+        # costs a row or a column and not a synchronisation.
+        self._counts = torch.zeros((self.num_classes + 2) * (self.num_classes + 1), dtype=torch.int64)
+        self._ignored = torch.zeros((), dtype=torch.int64)
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Count one batch.
+
+        Parameters
+        ----------
+        outputs : Tensor
+            Logits or probabilities (B, C, …); for two classes also one logit (B, 1, …), above 0
+            for class 1; or integer predictions of the targets' shape.
+        targets : Tensor
+            Integer classes (B, …) of any integer type or bool; for one logit also (B, 1, …).
+
+        Raises
+        ------
+        ValueError
+            If shapes don't fit or the outputs have another number of classes.
+        """
+        predictions = self._predictions(outputs, targets)
+        labels = targets.long()  # before comparing: among uint8 an ignore_index of -100 is 156
+        labels = labels.reshape(predictions.shape)
+        classes = self.num_classes
+        with torch.no_grad():
+            if self._counts.device != labels.device:
+                self._counts, self._ignored = self._counts.to(labels.device), self._ignored.to(labels.device)
+            if self.ignore_index is not None and not 0 <= self.ignore_index < classes:
+                self._ignored += (labels == self.ignore_index).sum()
+            rows = labels.clamp(-1, classes).add_(1)
+            cells = rows.mul_(classes + 1).add_(predictions).flatten()
+            if cells.device.type == "cpu":
+                self._counts += torch.bincount(cells, minlength=len(self._counts))
+            else:  # bincount reads its size back from the device
+                self._counts.scatter_add_(0, cells, torch.ones_like(cells))
+
+    def _predictions(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            raise ValueError(f"targets are {targets.dtype}, but classes are integers: convert the mask with .long()")
+        if not outputs.is_floating_point():
+            if outputs.shape != targets.shape:
+                raise ValueError(
+                    f"integer predictions {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape"
+                )
+            predictions = outputs.long()
+            outside = (predictions < 0) | (predictions >= self.num_classes)
+            return torch.where(outside, self.num_classes, predictions)
+        shape = (outputs.shape[0], *outputs.shape[2:])
+        channels = outputs.shape[1] if outputs.ndim > 1 else 0
+        if targets.shape != shape and not (channels == 1 and targets.shape == outputs.shape):
+            raise ValueError(
+                f"outputs of shape {tuple(outputs.shape)} need targets of shape {shape}, got {tuple(targets.shape)}"
+            )
+        if channels == 1 and self.num_classes == 2:
+            return (outputs[:, 0] > 0).long()
+        if channels != self.num_classes:
+            raise ValueError(
+                f"the outputs have {channels} channels, but the metric was made for num_classes={self.num_classes}"
+            )
+        return outputs.max(1).indices  # argmax over dimension 1 is several times slower on a CPU
+
+    def compute(self) -> Tensor:
+        """Return the matrix.
+
+        Returns
+        -------
+        Tensor
+            Counts (C, C), int64 on the CPU; rows are true classes, columns predicted ones.
+
+        Raises
+        ------
+        ValueError
+            If targets lay outside 0 … C-1 and were not ``ignore_index``, or integer predictions did at valid pixels.
+        """
+        table = self._counts.cpu().reshape(self.num_classes + 2, self.num_classes + 1)
+        strange = int(table[0].sum() + table[-1].sum() - self._ignored.cpu())
+        if strange:
+            raise ValueError(
+                f"{strange} targets lie outside the classes 0 … {self.num_classes - 1} and are not "
+                f"ignore_index={self.ignore_index}: correct the labels, num_classes or ignore_index"
+            )
+        matrix = table[1:-1].clone()
+        if self.ignore_index is not None and 0 <= self.ignore_index < self.num_classes:
+            matrix[self.ignore_index] = 0
+        wrong = int(matrix[:, -1].sum())
+        if wrong:
+            raise ValueError(
+                f"{wrong} predictions at valid pixels lie outside the classes 0 … {self.num_classes - 1}: correct the "
+                "predictions or num_classes"
+            )
+        return matrix[:, :-1]
+
+    def reset(self) -> None:
+        """Start counting from zero."""
+        self._counts.zero_()
+        self._ignored.zero_()
+
+
+class ConfusionMetric(ABC):
+    """A figure per class that is read from a confusion matrix.
+
+    Parameters
+    ----------
+    num_classes : int
+        Number of classes C. A model with one logit a pixel has two.
+    ignore_index : int, optional
+        Target value that is left out.
+    average : {"macro", "micro", "none"}, default "macro"
+        Mean over the classes that occur; one figure from the sums over classes; or a figure per class.
+    class_names : sequence of str, optional
+        Names of the C classes, used where figures per class are named.
+
+    Notes
+    -----
+    A class that neither target nor prediction holds is NaN, and left out of the mean. An ``ignore_index`` within
+    0 … C-1 leaves out the pixels of that class; where it is predicted at other pixels, it is a class like any other
+    (as scikit-learn has it on the valid pixels).
+    """
+
+    name: str
+    higher_is_better = True
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        ignore_index: int | None = None,
+        average: Average = "macro",
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        if average not in ("macro", "micro", "none"):
+            raise ValueError(f'average must be "macro", "micro" or "none", got {average!r}')
+        if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
+            raise ValueError(
+                f"class_names must be {num_classes} different names, one a class, as num_classes={num_classes}; "
+                f"got {list(class_names)}"
+            )
+        self.confusion = ConfusionMatrix(num_classes, ignore_index)
+        self.average: Average = average
+        self.class_names = None if class_names is None else list(class_names)
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Count one batch: logits (B, C, …) and classes (B, …); see `ConfusionMatrix.update`."""
+        self.confusion.update(outputs, targets)
+
+    def compute(self) -> Tensor:
+        """Return the figure, float64 on the CPU: 0-dimensional, or (C,) with ``average="none"``.
+
+        Raises
+        ------
+        ValueError
+            If targets lay outside the classes.
+        """
+        matrix = self.confusion.compute().double()
+        correct = matrix.diagonal()
+        true, predicted = matrix.sum(1), matrix.sum(0)
+        if self.average == "micro":
+            correct, true, predicted = correct.sum(), true.sum(), predicted.sum()
+        figures = self._figures(correct, true, predicted)  # 0 / 0 is NaN
+        return figures.nanmean() if self.average == "macro" else figures
+
+    def reset(self) -> None:
+        """Start counting from zero."""
+        self.confusion.reset()
+
+    @abstractmethod
+    def _figures(self, correct: Tensor, true: Tensor, predicted: Tensor) -> Tensor: ...
+
+
+class IoU(ConfusionMetric):
+    """Intersection over union, the Jaccard index: TP / (TP + FP + FN).
+
+    See `ConfusionMetric` for the parameters.
+
+    Examples
+    --------
+    >>> iou = IoU(num_classes=3, ignore_index=255)
+    >>> iou.update(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 255]]))
+    >>> iou.compute()
+    tensor(1., dtype=torch.float64)
+    """
+
+    name = "iou"
+
+    def _figures(self, correct: Tensor, true: Tensor, predicted: Tensor) -> Tensor:
+        return correct / (true + predicted - correct)
+
+
+class Dice(ConfusionMetric):
+    """Dice coefficient, the F1 score: 2 TP / (2 TP + FP + FN).
+
+    See `ConfusionMetric` for the parameters.
+    """
+
+    name = "dice"
+
+    def _figures(self, correct: Tensor, true: Tensor, predicted: Tensor) -> Tensor:
+        return 2 * correct / (true + predicted)
