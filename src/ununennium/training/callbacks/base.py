@@ -1,0 +1,141 @@
+"""The six moments of a run, and who is told of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ununennium.training.trainer import Trainer
+
+HOOKS = ("on_train_start", "on_epoch_start", "on_batch_start", "on_batch_end", "on_epoch_end", "on_train_end")
+
+
+class Callback:
+    """Base class of callbacks: override the hooks you need; the others cost nothing.
+
+    Hooks are called in the order of the Trainer's list; callbacks with ``saves_state`` come after all others, so that
+    what they save is complete. The Trainer's counters (``trainer.state``) have advanced when an end hook is called.
+
+    A callback with a memory has ``state_dict`` and ``load_state_dict``; checkpoints then hold it. It may hold None,
+    bool, int, float, str, list, tuple, set, dict, tensors and NumPy arrays.
+
+    Attributes
+    ----------
+    monitor : str or None
+        The figure that the callback looks at in the logs of an epoch; checked before the first step.
+    log_names : tuple of str
+        Figures that the callback adds to the logs in ``on_epoch_end``, so that others may monitor them.
+    saves_state : bool
+        Whether the callback saves what other callbacks know.
+    """
+
+    monitor: str | None = None
+    log_names: tuple[str, ...] = ()
+    saves_state: ClassVar[bool] = False
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Do something before the first epoch; what is wrong should be raised here."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Do something at the end of ``fit``. Called, too, when an error or Ctrl-C ends it."""
+
+    def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
+        """Do something before an epoch."""
+
+    def on_epoch_end(self, trainer: Trainer, epoch: int, logs: dict[str, float]) -> None:
+        """Do something after an epoch and its validation; ``logs`` has the figures of both, and may be added to."""
+
+    def on_batch_start(self, trainer: Trainer, batch_idx: int) -> None:
+        """Do something before a training batch goes forward."""
+
+    def on_batch_end(self, trainer: Trainer, batch_idx: int, logs: Mapping[str, Tensor]) -> None:
+        """Do something after a training batch, and the optimizer step if it closed a window.
+
+        ``logs`` holds 0-dimensional tensors on the device: ``train_loss`` of this batch. Reading one as a number makes
+        an accelerator wait for it.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the callback has to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+
+
+class CallbackList:
+    """The callbacks in the order in which they are called, and the overridden hooks of each kind.
+
+    Raises
+    ------
+    TypeError
+        If something is no callback.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self.callbacks = sorted(callbacks, key=lambda c: getattr(c, "saves_state", False))  # a stable sort
+        for callback in self.callbacks:
+            if not isinstance(callback, Callback):
+                raise TypeError(
+                    f"callbacks must be ununennium.training.Callback objects, got {callback!r}"
+                    + (": an instance of it is meant" if isinstance(callback, type) else "")
+                )
+        self.train_start, self.epoch_start, self.batch_start, self.batch_end, self.epoch_end, self.train_end = (
+            self._overriding(hook) for hook in HOOKS
+        )
+
+    def _overriding(self, hook: str) -> list[Callable[..., None]]:
+        methods = [getattr(callback, hook) for callback in self.callbacks]
+        return [m for m in methods if getattr(m, "__func__", m) is not getattr(Callback, hook)]
+
+    @property
+    def with_memory(self) -> list[Callback]:
+        """The callbacks that a checkpoint holds."""
+        return [c for c in self.callbacks if type(c).state_dict is not Callback.state_dict]
+
+    def check_monitors(self, names: list[str], validates: bool, complete: bool) -> None:
+        """Raise for a monitored figure that the epoch's logs won't have.
+
+        Parameters
+        ----------
+        names : list of str
+            The figures there will be; those that callbacks add are added here.
+        validates : bool
+            Whether there is a validation loader.
+        complete : bool
+            Whether all names are known: what the default metrics are shows with the first batch.
+        """
+        names = sorted([*names, *(name for callback in self.callbacks for name in callback.log_names)])
+        for callback in self.callbacks:
+            monitor, owner = callback.monitor, type(callback).__name__
+            if monitor is None or monitor in names:
+                continue
+            if monitor.startswith("val_") and not validates:
+                raise ValueError(
+                    f"{owner} monitors {monitor!r}, but there is no val_loader: pass one, or monitor one of {names}"
+                )
+            if complete:
+                close = difflib.get_close_matches(monitor, names, n=1)
+                hint = f"Is {close[0]!r} meant?" if close else "Monitor one of these, or pass metrics=[…]"
+                raise ValueError(f"{owner} monitors {monitor!r}, which is not in the logs; these are: {names}. {hint}")
+
+    def end(self, trainer: Trainer, failure: BaseException | None = None) -> None:
+        """Call every ``on_train_end``, also after one that raised.
+
+        Their first error is raised when all were called; while a ``failure`` is under way it becomes a note to that.
+        """
+        errors = []
+        for hook in self.train_end:
+            try:
+                hook(trainer)
+            except Exception as raised:
+                errors.append(raised)
+        if errors and failure is None:
+            raise errors[0]
+        for error in errors:
+            assert failure is not None
+            failure.add_note(f"Then on_train_end raised {type(error).__name__}: {error}")

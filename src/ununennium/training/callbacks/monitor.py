@@ -1,0 +1,45 @@
+"""The one rule of what is better."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from ununennium.training.trainer import Trainer
+
+Mode = Literal["auto", "min", "max"]
+
+
+def is_better(value: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:
+    """Tell whether a figure improves on the best so far.
+
+    Parameters
+    ----------
+    value : float
+        The new figure; NaN is never better.
+    best : float or None
+        The best so far; None if there is none.
+    mode : {"min", "max"}
+        Which direction is better.
+    min_delta : float
+        What it must be better by; an improvement of exactly ``min_delta`` is none, as in Keras.
+    """
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value < best - min_delta if mode == "min" else value > best + min_delta
+
+
+def check_mode(mode: str) -> None:
+    """Raise unless ``mode`` is one of the three."""
+    if mode not in ("auto", "min", "max"):
+        raise ValueError(f'mode must be "auto", "min" or "max", got {mode!r}')
+
+
+def resolve_mode(mode: str, monitor: str, trainer: Trainer) -> str:
+    """Return "min" or "max"; "auto" is "max" for a metric that says higher is better, else "min"."""
+    if mode != "auto":
+        return mode
+    return "max" if trainer.higher_is_better(monitor) else "min"

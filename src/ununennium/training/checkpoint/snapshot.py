@@ -1,0 +1,208 @@
+"""What a checkpoint holds of a run, gathered and put back under names that do not depend on wrappers."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ununennium.training.checkpoint.format import Contents
+from ununennium.training.checkpoint.plain import pack
+from ununennium.training.errors import CheckpointError
+from ununennium.training.precision import Precision
+from ununennium.training.random_state import RandomState
+from ununennium.training.state import TrainState
+
+
+class Stateful(Protocol):
+    """Something with a memory."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory as plain data."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+
+
+def gather(
+    model: nn.Module,
+    loss_fn: Any,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    callbacks: Sequence[Stateful],
+    state: TrainState,
+) -> Contents:
+    """Collect everything that the next step depends on. Tensors are the live ones, not copies."""
+    weights, extra = model_state(model)
+    random = RandomState.capture()
+    training = {
+        "state": state.state_dict(),
+        "optimizer": _optimizer_state(optimizer, _names(model, loss_fn)),
+        "precision": precision.state_dict(),
+        "callbacks": [[_class_name(c), c.state_dict()] for c in callbacks],
+        "random": [random.python, random.numpy, random.torch, random.devices],
+        "loss": dict(loss_fn.state_dict()) if isinstance(loss_fn, nn.Module) else {},
+        "extra": extra,
+    }
+    figures = state.records[-1][1] if state.records else {}
+    position = {"epoch": state.epoch, "batch": state.batch, "optimizer_steps": state.optimizer_steps}
+    return Contents(weights, training, {"position": position, "figures": figures})
+
+
+def check_memories(callbacks: Sequence[Stateful]) -> None:
+    """Raise if what a callback would have a checkpoint hold is no plain data, naming where."""
+    for callback in callbacks:
+        pack(callback.state_dict(), {}, f"{type(callback).__name__}.state_dict()")
+
+
+def restore(
+    contents: Contents,
+    model: nn.Module,
+    loss_fn: Any,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    callbacks: Sequence[Stateful],
+    state: TrainState,
+) -> None:
+    """Put everything back where `gather` took it from.
+
+    Raises
+    ------
+    CheckpointError
+        If model, loss, optimizer or callbacks are not the checkpoint's, naming the difference; model and optimizer are
+        as they were then.
+    """
+    training = contents.training
+    weights = matched_weights(contents, model)
+    groups = _optimizer_groups(training["optimizer"], optimizer, _names(model, loss_fn))
+    there, here = [name for name, _ in training["callbacks"]], [_class_name(c) for c in callbacks]
+    if there != here:
+        raise CheckpointError(
+            f"the checkpoint's callbacks with a memory are {there}, the Trainer's {here}: pass the same ones in the "
+            "same order, or take the weights alone with Trainer.load_weights"
+        )
+    own_loss = loss_fn.state_dict() if isinstance(loss_fn, nn.Module) else {}
+    if {k: v.shape for k, v in training["loss"].items()} != {k: v.shape for k, v in own_loss.items()}:
+        raise CheckpointError(
+            f"the checkpoint's loss holds {_some(training['loss'])} and the Trainer's {_some(own_loss)}, or in other "
+            "shapes: pass the same loss, or take the weights alone with Trainer.load_weights"
+        )
+    for callback, (_, callback_state) in zip(callbacks, training["callbacks"], strict=True):
+        callback.load_state_dict(callback_state)  # first, since it may raise
+    model.load_state_dict(weights)
+    if own_loss:
+        loss_fn.load_state_dict(training["loss"])
+    optimizer.load_state_dict(groups)
+    precision.load_state_dict(training["precision"])
+    state.load_state_dict(training["state"])
+    RandomState(*training["random"]).restore()
+
+
+def model_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a model's tensors by canonical name, and what else its ``state_dict`` has."""
+    everything = {canonical(name): value for name, value in unwrapped(model).state_dict().items()}
+    weights = {name: value for name, value in everything.items() if isinstance(value, Tensor)}
+    return weights, {name: value for name, value in everything.items() if name not in weights}
+
+
+def matched_weights(contents: Contents, model: nn.Module) -> dict[str, Any]:
+    """Return a checkpoint's weights as the ``state_dict`` of a model, wrapped or compiled however.
+
+    Raises
+    ------
+    CheckpointError
+        If names or shapes differ.
+    """
+    there = {**contents.model, **contents.training["extra"]}
+    own = model.state_dict()
+    inner = {canonical(name): name for name in unwrapped(model).state_dict()}
+    prefix = next(iter(own), "").removesuffix(next(iter(unwrapped(model).state_dict()), ""))
+    missing, unexpected = inner.keys() - there.keys(), there.keys() - inner.keys()
+    if missing or unexpected:
+        raise CheckpointError(
+            f"the checkpoint is of another model: it lacks {_some(missing)}, and the model has no {_some(unexpected)}"
+        )
+    weights = {prefix + inner[name]: value for name, value in there.items()}
+    for name, value in sorted(weights.items()):
+        if isinstance(value, Tensor) and value.shape != own[name].shape:
+            raise CheckpointError(
+                f"the checkpoint is of another model: {name} has shape {tuple(value.shape)} there and "
+                f"{tuple(own[name].shape)} in the model"
+            )
+    return weights
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's module inside `torch.compile` and `DistributedDataParallel`."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def canonical(name: str) -> str:
+    """Return a parameter's name without what compiling a part of the model puts in."""
+    return name.replace("_orig_mod.", "")
+
+
+def _names(model: nn.Module, loss_fn: Any) -> dict[int, str]:
+    names = {id(p): canonical(name) for name, p in unwrapped(model).named_parameters()}
+    if isinstance(loss_fn, nn.Module):
+        names |= {id(p): f"loss_fn.{name}" for name, p in loss_fn.named_parameters() if id(p) not in names}
+    return names
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:
+    """Key the optimizer's state by parameter name instead of by position."""
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    saved = optimizer.state_dict()
+    return {
+        "class": _class_name(optimizer),
+        "groups": [{**group, "params": [order[i] for i in group["params"]]} for group in saved["param_groups"]],
+        "state": {order[i]: value for i, value in saved["state"].items()},
+    }
+
+
+def _optimizer_groups(saved: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:
+    """Turn state by parameter name into what ``Optimizer.load_state_dict`` takes."""
+    if saved["class"] != _class_name(optimizer):
+        raise CheckpointError(
+            f"the checkpoint's optimizer is {saved['class']}, the Trainer's {_class_name(optimizer)}: pass the same, "
+            "or take the weights alone with Trainer.load_weights"
+        )
+    own = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    if own != [group["params"] for group in saved["groups"]]:
+        there = {name for group in saved["groups"] for name in group["params"]}
+        here = {name for group in own for name in group}
+        raise CheckpointError(
+            f"the optimizer's parameter groups are not the checkpoint's: only there {_some(there - here)}, only here "
+            f"{_some(here - there)}, {len(saved['groups'])} groups there and {len(own)} here"
+        )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    index = {name: i for i, name in enumerate(name for group in own for name in group)}
+    state = {index[name]: value for name, value in saved["state"].items()}
+    return {
+        "param_groups": [{**group, "params": [index[n] for n in group["params"]]} for group in saved["groups"]],
+        "state": {i: {k: _like(parameters[i], v) for k, v in value.items()} for i, value in state.items()},
+    }
+
+
+def _like(parameter: Tensor, value: Any) -> Any:
+    """Lay a state tensor out as its parameter is, so that channels_last stays what it was."""
+    if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    return value
+
+
+def _class_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _some(names: set[str] | Any) -> str:
+    listed = sorted(names)
+    return (
+        f"{', '.join(listed[:5])}{f' and {len(listed) - 5} more' if len(listed) > 5 else ''}" if listed else "nothing"
+    )

@@ -1,0 +1,93 @@
+"""Accumulation windows: which batches share an optimizer step, and what each counts for."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ununennium.training.batches import num_samples
+
+
+def windows(batches: Iterable[Any], size: int) -> Iterator[tuple[Any, bool, bool]]:
+    """Group batches into windows of ``size``; the last one may be shorter.
+
+    Parameters
+    ----------
+    batches : iterable
+        Whatever the loader yields. Inside a window it is read one ahead, because that a batch is the last of all shows
+        only when no other follows; after a full window nothing has been read ahead.
+    size : int
+        Batches per window.
+
+    Yields
+    ------
+    batch, opens, closes
+        The batch, whether it is the first of its window, whether it is the last.
+    """
+    iterator = iter(batches)
+    end = object()
+    position = 0
+    batch = next(iterator, end)
+    while batch is not end:
+        full = position == size - 1
+        following = end if full else next(iterator, end)
+        closes = full or following is end
+        yield batch, position == 0, closes
+        position = 0 if closes else position + 1
+        batch = next(iterator, end) if full else following
+
+
+Count = Callable[[Any, Any, Any], Tensor | int]
+
+
+def target_counter(loss_fn: Any) -> Count:
+    """Return a function that counts what a loss averages over in a batch: ``count(outputs, targets, batch)``.
+
+    Asked in this order: a method ``target_count(outputs, targets)`` of the loss; its ``ignore_index`` (the targets
+    that differ from it, each by the weight of its class where the loss has class weights, as PyTorch's cross-entropy
+    averages); the number of samples. ``functools.partial`` and ``torch.nn.functional.cross_entropy`` are looked into.
+
+    Raises
+    ------
+    ValueError
+        If the loss sums or does not reduce, so that it is no mean.
+    """
+    reduction = loss_setting(loss_fn, "reduction")
+    if reduction in ("sum", "none"):
+        raise ValueError(
+            f"the loss has reduction={reduction!r}; the Trainer needs a mean, to weight batches by what they hold: "
+            "use reduction='mean'"
+        )
+    own = loss_setting(loss_fn, "target_count")
+    if callable(own):
+        return lambda outputs, targets, batch: num_samples(batch) if targets is None else own(outputs, targets)
+    ignore_index = loss_setting(loss_fn, "ignore_index")
+    if not isinstance(ignore_index, Integral):
+        return lambda outputs, targets, batch: num_samples(batch)
+
+    def count_valid(outputs: Any, targets: Any, batch: Any) -> Tensor | int:
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            return num_samples(batch)  # class probabilities: nothing is ignored
+        labels: Tensor = targets.long()  # before comparing: among uint8 an ignore_index of -100 is 156
+        valid = labels.ne(int(ignore_index))
+        weight = loss_setting(loss_fn, "weight")
+        if not isinstance(weight, Tensor):
+            return valid.sum()
+        return (weight.to(labels.device)[torch.where(valid, labels, 0)] * valid).sum()
+
+    return count_valid
+
+
+def loss_setting(loss_fn: Any, name: str) -> Any:
+    """Return a loss's setting: its attribute, or what `functools.partial` gives it; None if it has none."""
+    while isinstance(loss_fn, partial):
+        if name in loss_fn.keywords:
+            return loss_fn.keywords[name]
+        loss_fn = loss_fn.func
+    if name == "ignore_index" and loss_fn in (F.cross_entropy, F.nll_loss):
+        return -100
+    return getattr(loss_fn, name, None)

@@ -1,0 +1,161 @@
+"""The files of a checkpoint: complete, verified, readable by anyone, harmless."""
+
+import json
+import os
+import pickle
+import random
+from collections import Counter, OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ununennium.training import CheckpointError
+from ununennium.training.checkpoint import Contents, point, read, write
+from ununennium.training.checkpoint.plain import pack, unpack
+
+
+def contents(training=None):
+    return Contents({"weight": torch.arange(6.0).reshape(2, 3)}, training or {"a": 1}, {"position": {"epoch": 1}})
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (np.ndarray, np.generic)):
+        return type(a) is type(b) and a.dtype == b.dtype and bool((a == b).all())
+    if isinstance(a, dict):  # an OrderedDict comes back as a dict, which keeps its order
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or (a != a and b != b))
+
+
+PLAIN = {
+    "none": None, "flags": [True, False],
+    "big": 2**100, "text": "Größe", "nan": float("nan"), "inf": -float("inf"),
+    "tiny": 5e-324, "tuple": (1, (2, "x"), []), "set": {1, "a"}, "frozen": frozenset({3}),
+    "keys": {1: "a", (2, 3): "b"},
+    "ordered": OrderedDict(a=1), "counter": Counter({3: 1, 5: 2}), "dollar": {"$": "x", "value": 1},
+    "tensor": torch.tensor([1.5, 2.5], dtype=torch.bfloat16), "zero-d": torch.tensor(3),
+    "nested": [{"t": torch.ones(2)}],
+    "array": np.arange(6, dtype=np.uint32).reshape(2, 3), "number": np.float32(0.1), "flag": np.bool_(True),
+    "python": random.getstate(), "numpy": np.random.get_state(), "legacy": np.random.get_state(legacy=False),
+    "bits": np.random.default_rng(0).bit_generator.state,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_data_comes_back_as_it_was(tmp_path, name):
+    write(tmp_path / "c", contents({"value": PLAIN[name]}))
+    assert same(read(tmp_path / "c").training["value"], PLAIN[name])
+
+
+def test_what_does_not_fit_is_named_down_to_the_key():
+    with pytest.raises(TypeError, match=r"state\.ema\.log\.1 is a pathlib\.\w+, which a checkpoint does not hold"):
+        pack({"ema": {"log": [1, Path("/x")]}}, {}, "state")
+    assert unpack(pack({"ok": [1]}, {}, "state"), {}) == {"ok": [1]}
+
+
+@pytest.mark.parametrize(
+    ("model", "training"),
+    [({"w": torch.ones(2)}, {"bad": object()}), ({"w": torch.eye(2).to_sparse()}, {})],
+    ids=["before the first file", "among the files"],
+)
+def test_nothing_is_left_behind_when_writing_fails(tmp_path, model, training):
+    with pytest.raises((TypeError, RuntimeError, NotImplementedError)):
+        write(tmp_path / "c", Contents(model, training, {}))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_name_is_never_reused(tmp_path):
+    write(tmp_path / "c", contents())
+    with pytest.raises(FileExistsError, match="never reused"):
+        write(tmp_path / "c", contents())
+
+
+def test_anyone_can_read_the_weights(tmp_path):
+    write(tmp_path / "c", contents())
+    assert torch.equal(load_file(tmp_path / "c" / "model.safetensors")["weight"], contents().model["weight"])
+    modes = {p.name: oct(p.stat().st_mode) for p in (tmp_path / "c").iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
+def test_tied_and_strided_tensors(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    model = {
+        "a": base,
+        "tied": base,
+        "view": base[1:],
+        "transposed": base.t(),
+        "channels": torch.rand(1, 3, 4, 4).to(memory_format=torch.channels_last),
+    }
+    write(tmp_path / "c", Contents(model, {}, {}))
+    stored = read(tmp_path / "c").model
+    assert all(torch.equal(stored[name], value) for name, value in model.items())
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    """In every file, at every 37th place and at both ends."""
+    write(tmp_path / "c", contents({"value": torch.arange(50)}))
+    for file in (tmp_path / "c").iterdir():
+        sound = file.read_bytes()
+        for place in {*range(0, len(sound), 37), len(sound) - 1}:
+            file.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+            with pytest.raises(CheckpointError):
+                read(tmp_path / "c")
+        file.write_bytes(sound)
+    read(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "training.json", "training.safetensors"])
+def test_missing_and_malicious_files_are_refused(tmp_path, name):
+    """Trap 25: a pickle in place of each file is refused and never run."""
+    write(tmp_path / "c", contents())
+    file = tmp_path / "c" / name
+    sound = file.read_bytes()
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint at|can't be read"):
+        read(tmp_path / "c")
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    file.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match="damaged"):
+        read(tmp_path / "c")
+    torch.save(Evil(), file)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read(tmp_path / "c")
+    assert not (tmp_path / "executed").exists()
+    file.write_bytes(sound)
+    read(tmp_path / "c")
+
+
+def test_a_newer_format_says_what_to_do(tmp_path):
+    from ununennium.training.checkpoint import format as fmt
+
+    write(tmp_path / "c", contents())
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    manifest["format"] = 99
+    del manifest["sha256"]
+    manifest["sha256"] = fmt._digest_of(manifest)
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"format version 99.*upgrade"):
+        read(tmp_path / "c")
+
+
+def test_pointers_move_in_one_step(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / name, contents({"name": name}))
+        point(tmp_path, "best", name)
+        assert read(tmp_path / "best").training["name"] == name
+    assert sorted(os.listdir(tmp_path)) == ["best", "one", "two"]
+
+
+def test_a_plain_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*manifest\.json"):
+        read(tmp_path)
