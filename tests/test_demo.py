@@ -130,12 +130,13 @@ def test_the_weights_do_not_depend_on_held_out_blocks(tmp_path, capsys):
     weights = []
     for name in ("one", "other"):
         paths = write(tmp_path / f"{name}.tif", image), write(tmp_path / f"{name}_labels.tif", label)
-        output = tmp_path / f"run_{name}"
+        output = tmp_path / "run"
         demo.run(*paths, output, epochs=1, batches=1, block=8, model="unet_mobilenet_v2")
         weights.append(demo.load_model(output, "last").state_dict())
         image[:, held_out], label[held_out] = 1000 * image[:, held_out], 1 - label[held_out]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert weights[0]["1.segmentation_head.0.bias"].any()
+    assert len(list((output / "checkpoints").glob("step-*"))) == 1  # the second run's
 
 
 def test_training_chips_hold_no_pixel_of_validation_blocks():

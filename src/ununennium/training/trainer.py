@@ -299,7 +299,7 @@ class Trainer:
         TypeError
             If a callback's state is not plain data, naming where.
         """
-        contents = checkpoint.gather(*self._parts())
+        contents = checkpoint.gather(self._run())
         checks.check_finite(contents.model)
         checkpoint.write(Path(path), contents)
         return Path(path)
@@ -314,7 +314,7 @@ class Trainer:
         CheckpointError
             If it is damaged or of another run, naming the difference; model and optimizer are as they were then.
         """
-        checkpoint.restore(checkpoint.read(path), *self._parts())
+        checkpoint.restore(checkpoint.read(path), self._run())
         self._loaded = True
 
     def load_weights(self, path: str | Path) -> None:
@@ -395,5 +395,6 @@ class Trainer:
     def _modules(self) -> list[nn.Module]:
         return [m for m in (self.model, self.loss_fn) if isinstance(m, nn.Module)]
 
-    def _parts(self) -> tuple[Any, ...]:
-        return self.model, self.loss_fn, self.optimizer, self.precision, self.callbacks.with_memory, self.state
+    def _run(self) -> checkpoint.Run:
+        memories = self.callbacks.with_memory
+        return checkpoint.Run(self.model, self.loss_fn, self.optimizer, self.precision, memories, self.state)

@@ -1,7 +1,7 @@
 """What a checkpoint holds of a run, gathered and put back under names that do not depend on wrappers."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,20 @@ class Stateful(Protocol):
         """Take over what ``state_dict`` gave."""
 
 
-def gather(
-    model: nn.Module,
-    loss_fn: Any,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    callbacks: Sequence[Stateful],
-    state: TrainState,
-) -> Contents:
+class Run(NamedTuple):
+    """The parts of a run that a checkpoint holds."""
+
+    model: nn.Module
+    loss_fn: Any
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    callbacks: Sequence[Stateful]
+    state: TrainState
+
+
+def gather(run: Run) -> Contents:
     """Collect everything that the next step depends on. Tensors are the live ones, not copies."""
+    model, loss_fn, optimizer, precision, callbacks, state = run
     weights, extra = model_state(model)
     random = RandomState.capture()
     training = {
@@ -55,15 +60,7 @@ def check_memories(callbacks: Sequence[Stateful]) -> None:
         pack(callback.state_dict(), {}, f"{type(callback).__name__}.state_dict()")
 
 
-def restore(
-    contents: Contents,
-    model: nn.Module,
-    loss_fn: Any,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    callbacks: Sequence[Stateful],
-    state: TrainState,
-) -> None:
+def restore(contents: Contents, run: Run) -> None:
     """Put everything back where `gather` took it from.
 
     Raises
@@ -72,6 +69,7 @@ def restore(
         If model, loss, optimizer or callbacks are not the checkpoint's, naming the difference; model and optimizer are
         as they were then.
     """
+    model, loss_fn, optimizer, precision, callbacks, state = run
     training = contents.training
     weights = matched_weights(contents, model)
     groups = _optimizer_groups(training["optimizer"], optimizer, _names(model, loss_fn))
