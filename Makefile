@@ -30,8 +30,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## figures against a bare import and a hand-written loop
+bench: $(READY)  ## import, loop and data order against torch, a hand-written loop and the plain loader
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/data_order.py
 
 clean:
 	rm -rf $(VENV) build dist

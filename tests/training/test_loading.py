@@ -1,31 +1,65 @@
-"""Data order is a function of (seed, epoch) (trap 8), and the user's loader is left alone."""
+"""Data order and randomness are functions of (seed, epoch, place), whatever loads them (traps 8, 9, 10)."""
 
 import random
+import time
+from collections import namedtuple
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
+    StackDataset,
+    Subset,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
+    default_collate,
+    get_worker_info,
 )
 
-from ununennium.training.loading import EpochLoader
+from ununennium.training.errors import DataOrderError
+from ununennium.training.loading import EpochLoader, held_generators, reseed
+
+SIZE = 13
 
 
-class Numbers(Dataset):
+class Holder:
+    """A transform with generators of its own, as Albumentations and MONAI have."""
+
+    def __init__(self):
+        self.generators = [np.random.default_rng(), np.random.RandomState(), random.Random(), torch.Generator()]
+
+    def __call__(self):
+        numpy, legacy, python, tensor = self.generators
+        return [numpy.random(), legacy.rand(), python.random(), float(torch.rand((), generator=tensor))]
+
+
+class Augmented(Dataset):
+    """Draws from every kind of generator, and tells its index."""
+
+    def __init__(self):
+        self.holder = Holder()
+
     def __len__(self):
-        return 12
+        return SIZE
 
     def __getitem__(self, index):
-        return index
+        drawn = [random.random(), np.random.rand(), np.random.randn(), float(torch.rand(())), *self.holder()]
+        return torch.tensor([index, *drawn], dtype=torch.float64)
+
+
+class InBatches(Augmented):
+    def __getitems__(self, indices):
+        common = random.random()
+        return [self[i] + common for i in indices]
 
 
 class GlobalSampler(Sampler):
@@ -34,7 +68,7 @@ class GlobalSampler(Sampler):
     def __iter__(self):
         batch = []
         for _ in range(4):
-            batch[:] = [random.randrange(12), int(np.random.randint(12)), int(torch.randint(12, ()))]
+            batch[:] = [random.randrange(SIZE), int(np.random.randint(SIZE)), int(torch.randint(SIZE, ()))]
             yield batch
 
     def __len__(self):
@@ -51,18 +85,18 @@ class EpochBatches(Sampler):
         self.epoch = epoch
 
     def __iter__(self):
-        order = torch.randperm(12, generator=torch.Generator().manual_seed(self.epoch)).tolist()
-        return iter([order[:6], order[6:]])
+        order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        return iter([order[:6], order[6:9], order[9:]])
 
     def __len__(self):
-        return 2
+        return 3
 
 
 class ShufflesItself(Sampler):
     """Shuffles its own list in place, as some do."""
 
     def __init__(self):
-        self.indices = list(range(12))
+        self.indices = list(range(SIZE))
         self.generator = np.random.default_rng(0)
 
     def __iter__(self):
@@ -70,74 +104,215 @@ class ShufflesItself(Sampler):
         return iter(self.indices)
 
     def __len__(self):
-        return 12
+        return SIZE
 
 
-data = Numbers()
+Box = namedtuple("Box", "x y")
+
+
+class Coordinates(Sampler):
+    """Indices that are no integers, as TorchGeo's samplers give."""
+
+    def __iter__(self):
+        for _ in range(SIZE):
+            yield Box(slice(float(torch.rand(())), 1.0), (1, "a"))
+
+    def __len__(self):
+        return SIZE
+
+
+class Located(Augmented):
+    def __getitem__(self, box):
+        return super().__getitem__(0) + box.x.start
+
+
+def mixup(samples):
+    batch = default_collate(samples)
+    return batch + random.random() + np.random.rand() + float(torch.rand(()))
+
+
+class TwinLoader(DataLoader):
+    """A subclass, as TorchGeo and others have."""
+
+
+data = Augmented()
 LOADERS = {
-    "shuffle": lambda: DataLoader(data, batch_size=4, shuffle=True),
-    "own generator": lambda: DataLoader(data, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(1)),
-    "two workers": lambda: DataLoader(data, batch_size=4, shuffle=True, num_workers=2),
-    "subset": lambda: DataLoader(data, batch_size=4, sampler=SubsetRandomSampler(range(12))),
-    "weighted": lambda: DataLoader(data, batch_size=4, sampler=WeightedRandomSampler(range(1, 13), 12)),
-    "distributed": lambda: DataLoader(data, batch_size=4, sampler=DistributedSampler(data, 1, 0)),
-    "batch sampler": lambda: DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 4, False)),
-    "own batch sampler": lambda: DataLoader(data, batch_sampler=EpochBatches()),
-    "global generators": lambda: DataLoader(data, batch_sampler=GlobalSampler()),
-    "shuffles itself": lambda: DataLoader(data, batch_size=4, sampler=ShufflesItself()),
-    "no batching": lambda: DataLoader(data, batch_size=None, shuffle=True),
+    "shuffle": lambda **k: DataLoader(data, batch_size=4, shuffle=True, **k),
+    "in order": lambda **k: DataLoader(data, batch_size=4, **k),
+    "drop last": lambda **k: DataLoader(data, batch_size=4, shuffle=True, drop_last=True, **k),
+    "own generator": lambda **k: DataLoader(
+        data, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(1), **k
+    ),
+    "collate draws": lambda **k: DataLoader(data, batch_size=4, shuffle=True, collate_fn=mixup, **k),
+    "subclass": lambda **k: TwinLoader(data, batch_size=4, shuffle=True, **k),
+    "subset": lambda **k: DataLoader(Subset(data, range(2, 12)), batch_size=4, shuffle=True, **k),
+    "subset sampler": lambda **k: DataLoader(data, batch_size=4, sampler=SubsetRandomSampler(range(SIZE)), **k),
+    "replacement": lambda **k: DataLoader(data, batch_size=4, sampler=WeightedRandomSampler([1] + [9] * 12, 20), **k),
+    "distributed": lambda **k: DataLoader(data, batch_size=4, sampler=DistributedSampler(data, 1, 0), **k),
+    "batch sampler": lambda **k: DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 4, False), **k),
+    "own batch sampler": lambda **k: DataLoader(data, batch_sampler=EpochBatches(), **k),
+    "global generators": lambda **k: DataLoader(data, batch_sampler=GlobalSampler(), **k),
+    "shuffles itself": lambda **k: DataLoader(data, batch_size=4, sampler=ShufflesItself(), **k),
+    "no integers": lambda **k: DataLoader(Located(), batch_size=4, sampler=Coordinates(), **k),
+    "no batching": lambda **k: DataLoader(data, batch_size=None, shuffle=True, **k),
+    "reads batches": lambda **k: DataLoader(InBatches(), batch_size=4, shuffle=True, **k),
+    "concatenated": lambda **k: DataLoader(ConcatDataset([data, data]), batch_size=4, shuffle=True, **k),
+    "stacked": lambda **k: DataLoader(StackDataset(data, data), batch_size=4, shuffle=True, **k),
+    "tensors": lambda **k: DataLoader(TensorDataset(torch.arange(SIZE)), batch_size=4, shuffle=True, **k),
 }
+WITHOUT_SEED = ("own batch sampler", "distributed", "in order")  # their order does not depend on the run's seed
 
 
-def order(loader, epoch, seed=7):
-    return [
-        batch.tolist() if isinstance(batch, torch.Tensor) else batch
-        for batch in EpochLoader(loader, 0).epoch(seed, epoch)
-    ]
+def seen(loader, epoch, seed=7, start=0, digest=None):
+    """Return the batches of an epoch as bytes, their indices, and the last digest."""
+    loaded = list(EpochLoader(loader, 0).epoch(seed, epoch, start, digest))
+    return [repr(b.batch) for b in loaded], [b.indices for b in loaded], [b.digest for b in loaded]
+
+
+def scramble():
+    random.seed(99)
+    np.random.seed(99)
+    torch.manual_seed(99)
+
+
+@pytest.fixture(autouse=True)
+def _precise():
+    torch.set_printoptions(precision=17, threshold=100_000)
+    yield
+    torch.set_printoptions(profile="default")
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_order_differs_by_epoch_and_is_a_function_of_seed_and_epoch(name):
+def test_an_epoch_is_a_function_of_seed_and_number(name):
+    running = EpochLoader(LOADERS[name](), 0)
+    epochs = []
+    for epoch in range(3):
+        loaded = list(running.epoch(7, epoch))
+        epochs.append(([repr(b.batch) for b in loaded], [b.indices for b in loaded], [b.digest for b in loaded]))
+    scramble()
+    for epoch in (2, 0, 1):  # in any order, by other loader objects, from another random state
+        assert seen(LOADERS[name](), epoch) == epochs[epoch]
+    assert len({repr(batches) for batches, *_ in epochs}) == 3
+    assert all(len(set(map(repr, indices))) > 1 for _, indices, _ in epochs)
+    if name != "in order":
+        assert len({repr(indices) for _, indices, _ in epochs}) == 3
+    if name not in WITHOUT_SEED:
+        assert seen(LOADERS[name](), 0, seed=8)[1] != epochs[0][1]
+
+
+def test_an_epoch_that_was_abandoned_leaves_nothing_behind():
+    running = EpochLoader(LOADERS["shuffle"](num_workers=2), 0)
+    next(running.epoch(7, 0))
+    assert [(b.indices, b.digest) for b in running.epoch(7, 1)] == list(
+        zip(*seen(LOADERS["shuffle"](), 1)[1:], strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_it_is_entered_at_any_batch_without_loading_what_was_passed(name, monkeypatch):
     loader = LOADERS[name]()
-    running = EpochLoader(loader, 0)
-    epochs = [[b.tolist() if isinstance(b, torch.Tensor) else b for b in running.epoch(7, e)] for e in range(4)]
-    assert len({repr(e) for e in epochs}) == 4
-    assert all(len({repr(batch) for batch in e}) > 1 for e in epochs)
-    random.seed(99), np.random.seed(99), torch.manual_seed(99)
-    for epoch, expected in enumerate(epochs):  # entered afresh, in another process's random state
-        assert order(LOADERS[name](), epoch) == expected
-    if name not in ("own batch sampler", "distributed"):  # which have seeds of their own
-        assert order(loader, 0, seed=8) != epochs[0]
+    batches, indices, digests = seen(loader, 2)
+    calls = []
+    for kind in (Augmented, Located, InBatches, TensorDataset):
+        original = kind.__getitem__
+        monkeypatch.setattr(kind, "__getitem__", lambda self, i, f=original: calls.append(i) or f(self, i))
+    for start in {1, len(batches) // 2, len(batches) - 1}:
+        calls.clear()
+        scramble()
+        rest = seen(LOADERS[name](), 2, start=start, digest=digests[start - 1])
+        assert rest == (batches[start:], indices[start:], digests[start:])
+        expected = sum(len(i) if isinstance(i, list) else 1 for i in indices[start:])
+        assert expected <= len(calls) <= 3 * expected  # stacked and located datasets call more than once a sample
+    assert seen(LOADERS[name](), 2, start=len(batches), digest=digests[-1]) == ([], [], [])
 
 
-@pytest.mark.parametrize("name", [n for n in LOADERS if n not in ("weighted", "global generators")])
-def test_every_sample_comes_once(name):
-    batches = order(LOADERS[name](), 3)
-    flat = batches if name == "no batching" else [i for batch in batches for i in batch]
-    assert sorted(flat) == list(range(12))
+@pytest.mark.parametrize(
+    "name", ["shuffle", "collate draws", "replacement", "no integers", "no batching", "reads batches"]
+)
+@pytest.mark.parametrize("options", [{"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}], ids=str)
+def test_the_number_of_workers_changes_no_byte(name, options):
+    expected = [seen(LOADERS[name](), epoch)[0] for epoch in range(2)]
+    running = EpochLoader(LOADERS[name](**options), 0)
+    assert [[repr(b.batch) for b in running.epoch(7, epoch)] for epoch in range(2)] == expected
+    assert [repr(b.batch) for b in EpochLoader(LOADERS[name](**options), 0).epoch(7, 1, start=1)] == expected[1][1:]
 
 
-@pytest.mark.parametrize("name", [n for n in LOADERS if n != "two workers"])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker:UserWarning")  # on two cores
+def test_four_workers_too():
+    assert seen(LOADERS["collate draws"](num_workers=4), 1) == seen(LOADERS["collate draws"](), 1)
+
+
+def test_samples_drawn_twice_are_augmented_anew():
+    batches, indices, _ = seen(DataLoader(data, batch_size=1, sampler=[3, 3, 3]), 0)
+    assert indices == [[3]] * 3
+    assert len(set(batches)) == 3
+
+
+@pytest.mark.parametrize("name", LOADERS)
 def test_the_main_generators_and_the_users_loader_are_left_alone(name):
     loader = LOADERS[name]()
-    sampler_state = repr(vars(loader.sampler)), getattr(loader.sampler, "indices", None)
-    generator_state = None if loader.generator is None else loader.generator.get_state()
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    batch_sampler, dataset = loader.batch_sampler, loader.dataset
-    order(loader, 1)
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
-    assert (repr(vars(loader.sampler)), getattr(loader.sampler, "indices", None)) == sampler_state
-    assert loader.batch_sampler is batch_sampler
-    assert loader.dataset is dataset
-    if generator_state is not None:
-        assert torch.equal(loader.generator.get_state(), generator_state)
+    np.random.randn()  # leaves a second normal number pending, which is part of NumPy's state
+
+    def state():
+        _, keys, *rest = np.random.get_state()
+        sampler = repr(vars(loader.sampler)), repr(getattr(loader.sampler, "indices", None))
+        own = None if loader.generator is None else loader.generator.get_state().tolist()
+        return random.getstate(), keys.tolist(), rest, torch.get_rng_state().tolist(), sampler, own
+
+    before, attributes = state(), {k: id(v) for k, v in vars(loader).items()}
+    batches = EpochLoader(loader, 0).epoch(7, 1)
+    next(batches)
+    assert state() == before  # between two batches, and
+    list(batches)
+    assert state() == before  # after the epoch
+    assert {k: id(v) for k, v in vars(loader).items()} == attributes
 
 
-def test_persistent_workers_get_each_epochs_order():
-    loader = DataLoader(data, batch_size=4, shuffle=True, num_workers=2, persistent_workers=True)
-    running = EpochLoader(loader, 0)
-    plain = LOADERS["shuffle"]()
-    assert [[b.tolist() for b in running.epoch(7, e)] for e in range(3)] == [order(plain, e) for e in range(3)]
+def test_the_users_worker_init_fn_finds_the_users_dataset():
+    class Opens(Dataset):
+        handle = None
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            assert get_worker_info().dataset is self
+            return torch.tensor(self.handle)
+
+    def init(worker_id):
+        get_worker_info().dataset.handle = 40 + worker_id
+
+    loader = EpochLoader(DataLoader(Opens(), batch_size=2, num_workers=2, worker_init_fn=init), 0)
+    assert [b.batch.tolist() for b in loader.epoch(7, 0)] == [[40, 40], [41, 41]]
+
+
+def test_a_sampler_with_a_hidden_memory_is_an_error():
+    """It counts its own epochs, so a copy can't be brought to where it was."""
+
+    calls = []
+
+    class Remembers(Sampler):
+        def __iter__(self):
+            calls.append(1)
+            return iter(torch.randperm(SIZE, generator=torch.Generator().manual_seed(len(calls))).tolist())
+
+        def __len__(self):
+            return SIZE
+
+    loader = DataLoader(data, batch_size=4, sampler=Remembers())
+    _, _, digests = seen(loader, 0)
+    with pytest.raises(DataOrderError, match=r"other samples than when the run was left.*Remembers"):
+        seen(loader, 0, start=2, digest=digests[1])
+
+
+def test_another_dataset_or_batch_size_is_an_error():
+    _, _, digests = seen(LOADERS["shuffle"](), 0)
+    for other in (
+        DataLoader(data, batch_size=3, shuffle=True),
+        DataLoader(Subset(data, range(12)), batch_size=4, shuffle=True),
+    ):
+        with pytest.raises(DataOrderError, match="dataset and batch size the same"):
+            seen(other, 0, start=2, digest=digests[1])
 
 
 def test_an_endless_sampler_is_drawn_lazily():
@@ -150,26 +325,83 @@ def test_an_endless_sampler_is_drawn_lazily():
     assert len([next(batches) for _ in range(200)]) == 200
 
 
-def test_iterable_datasets_and_other_iterables_are_told_the_epoch():
-    class Stream(IterableDataset):
-        def set_epoch(self, epoch):
-            self.epoch = epoch
+def test_a_late_batch_is_entered_without_delay():
+    """Batch 100,000 of a shuffled epoch: the sampler's own drawing and nothing else."""
+    loader = EpochLoader(DataLoader(TensorDataset(torch.arange(400_004)), batch_size=4, shuffle=True), 0)
+    started = time.perf_counter()
+    batch = next(loader.epoch(7, 0, start=100_000))
+    assert batch.indices is not None
+    assert time.perf_counter() - started < 30  # no measurement, a guard against loading 400,000 samples
 
-        def __iter__(self):
-            return iter([self.epoch * 10 + i for i in range(4)])
 
-    class Batches:
-        set_epoch = Stream.set_epoch
+def test_random_order_of_finishing_is_refused():
+    loader = DataLoader(data, batch_size=4, num_workers=2, in_order=False)
+    with pytest.raises(ValueError, match=r"in_order=False.*use in_order=True"):
+        EpochLoader(loader, 0)
 
-        def __iter__(self):
-            return iter([torch.tensor([self.epoch])])
 
-    assert order(DataLoader(Stream(), batch_size=2), 3) == [[30, 31], [32, 33]]
-    assert order(Batches(), 3) == [[3]]
+class Stream(IterableDataset):
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        for i in range(6):
+            yield self.epoch * 10 + i + random.random() / 2
+
+
+class Batches:
+    set_epoch = Stream.set_epoch
+    __iter__ = Stream.__iter__
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: DataLoader(Stream(), batch_size=2), Batches], ids=["iterable dataset", "iterable"]
+)
+def test_iterables_are_told_the_epoch_seeded_and_fast_forwarded(make):
+    whole = seen(make(), 3)[0]
+    scramble()
+    assert seen(make(), 3)[0] == whole
+    assert seen(make(), 3, start=2)[0] == whole[2:]
+    assert seen(make(), 4)[0] != whole
+    before = random.getstate()
+    seen(make(), 3)
+    assert random.getstate() == before
 
 
 def test_an_iterator_that_is_used_up_says_so():
     loader = EpochLoader(iter([1, 2]), 0)
-    assert list(loader.epoch(7, 0)) == [1, 2]
+    assert [b.batch for b in loader.epoch(7, 0)] == [1, 2]
     with pytest.raises(ValueError, match=r"no batch in epoch 1.*pass a DataLoader"):
         list(loader.epoch(7, 1))
+
+
+def test_held_generators_are_found_wherever_they_are():
+    holder, closed, bound = Holder(), np.random.default_rng(), Holder()
+
+    def transform(x, keyword=None):
+        return closed.random()
+
+    class Data:
+        def __init__(self):
+            self.transforms = {"a": [holder], "b": (transform, bound.__call__)}
+
+    found = held_generators(Data())
+    assert {id(g) for g in found} == {id(g) for g in [*holder.generators, closed, *bound.generators]}
+
+
+@pytest.mark.parametrize("generator", Holder().generators, ids=lambda g: type(g).__name__)
+def test_reseeding(generator):
+    def draw():
+        if isinstance(generator, torch.Generator):
+            return torch.rand(3, generator=generator).tolist()
+        return [float(generator.random()) for _ in range(3)]
+
+    reseed(generator, 2**33 + 5)
+    first = draw()
+    draw()
+    reseed(generator, 2**33 + 5)
+    assert draw() == first
+    reseed(generator, 6)
+    assert draw() != first

@@ -9,5 +9,9 @@ class NonFiniteError(FloatingPointError):
     """A loss, gradient or weight that is NaN or infinite."""
 
 
+class DataOrderError(RuntimeError):
+    """An order of samples that is not the one the run was left in."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that is damaged, of another kind, or of another run."""

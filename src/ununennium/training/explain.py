@@ -13,7 +13,7 @@ from ununennium.training.batches import describe, split_batch, to_device
 from ununennium.training.checks import check_loss
 from ununennium.training.errors import BatchError, NonFiniteError
 from ununennium.training.modes import modes_restored
-from ununennium.training.random_state import undisturbed
+from ununennium.training.random_state import RandomState
 from ununennium.training.targets import (
     BINARY,
     ELEMENTWISE,
@@ -50,7 +50,7 @@ def explain(error: Exception, batch: Any, model: nn.Module, loss_fn: Any, device
         if "CUDA error" in str(error):  # after an assertion on the device nothing more can be asked of it
             reason = _after_assertion(error, targets, loss_fn)
         else:
-            with torch.no_grad(), undisturbed(), modes_restored(model):
+            with torch.no_grad(), RandomState.capture().put_back(), modes_restored(model):
                 reason = _reason(error, inputs, targets, model.eval(), loss_fn, device)
     except BatchError as found:
         return found

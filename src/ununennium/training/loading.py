@@ -1,27 +1,41 @@
-"""Data order: which batches an epoch has, decided by (seed, epoch)."""
+"""Data order and randomness: which samples an epoch has, and what each draws, decided by (seed, epoch)."""
 
 import copy
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
+    StackDataset,
+    Subset,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
+    default_collate,
+    default_convert,
+    get_worker_info,
 )
 
+from ununennium.training.errors import DataOrderError
 from ununennium.training.random_state import RandomState
+
+Key = tuple[int, ...]
 
 _SELF_CONTAINED = (
     BatchSampler,
@@ -34,14 +48,37 @@ _SELF_CONTAINED = (
 _DRAWN_AT_ONCE = 64  # batches drawn ahead from a sampler that uses the global generators
 
 
-class EpochLoader:
-    """The batches of each epoch of a loader.
+class LoadedBatch(NamedTuple):
+    """A batch and its place in the order.
 
-    For a `torch.utils.data.DataLoader` over a map-style dataset the order is a function of (seed, epoch): a twin of
-    the user's loader, with the same dataset, workers and options, runs over the user's sampler or batch sampler,
-    copied, told the epoch if it has ``set_epoch``, and drawn lazily with generators of its own. The user's loader,
-    its sampler and the main process's generators are left as they were. Any other iterable is told the epoch where
-    it can be, and yields what it yields.
+    Attributes
+    ----------
+    batch : Any
+        What the user's loader would yield.
+    indices : Any
+        What its sampler gave for it; None for iterables, whose indices nobody sees.
+    digest : str
+        Of all indices of the epoch up to and with these; equal orders have equal digests.
+    """
+
+    batch: Any
+    indices: Any
+    digest: str
+
+
+class EpochLoader:
+    """The batches of each epoch of a loader, as a function of (seed, epoch), entered at any batch.
+
+    For a `torch.utils.data.DataLoader` over a map-style dataset a twin of the user's loader runs, with the same
+    dataset, collate function, workers and options. Its order is the user's sampler or batch sampler, copied, told the
+    epoch if it has ``set_epoch``, and drawn lazily with generators of its own. Each sample is loaded, and each batch
+    collated, with the global generators (``random``, NumPy, PyTorch's on the CPU), and those that the dataset's
+    transforms hold, seeded from its place in that order: neither the number of workers nor a restart changes a byte,
+    and batches that were passed are not loaded. The user's loader, its sampler and the main process's generators are
+    left as they were.
+
+    Any other iterable is told the epoch where it can be, and entered by loading what was passed; what it draws in this
+    process is seeded from (seed, epoch), what its workers draw depends on their number.
 
     Parameters
     ----------
@@ -49,45 +86,71 @@ class EpochLoader:
         The user's loader.
     stream : int
         Tells loaders with the same seed apart.
+
+    Raises
+    ------
+    ValueError
+        For a loader with ``in_order=False``, whose order is left to chance.
     """
 
     def __init__(self, loader: Iterable[Any], stream: int) -> None:
         self.loader = loader
         self._stream = stream
         self._twin: DataLoader[Any] | None = None
-        if isinstance(loader, DataLoader):
-            self._twin = copy.copy(loader)
-            changes: dict[str, Any] = {"generator": torch.Generator(), "_iterator": None}
-            if not isinstance(loader.dataset, IterableDataset):
-                name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-                self._order = changes[name] = Order(getattr(loader, name))
-            self._twin.__dict__.update(changes)  # DataLoader.__setattr__ forbids assigning a sampler
+        self._order: Order | None = None
+        if not isinstance(loader, DataLoader):
+            return
+        if loader.num_workers and not getattr(loader, "in_order", True):
+            raise ValueError(
+                "the loader has in_order=False, so that its order depends on which worker is fastest and no run can be "
+                "repeated or resumed: use in_order=True"
+            )
+        self._twin = copy.copy(loader)
+        changes: dict[str, Any] = {"generator": torch.Generator(), "_iterator": None}
+        if not isinstance(loader.dataset, IterableDataset):
+            batched = loader.batch_sampler is not None
+            self._order = Order(loader.batch_sampler or loader.sampler)
+            changes |= {
+                "batch_sampler": self._order,
+                "dataset": Keyed(loader.dataset, loader.collate_fn, batched),
+                "collate_fn": _as_it_is,
+                "worker_init_fn": _InitWorker(loader.worker_init_fn),
+            }
+        self._twin.__dict__.update(changes)  # DataLoader.__setattr__ forbids assigning a sampler
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 
-    def epoch(self, seed: int, epoch: int) -> Iterator[Any]:
+    def epoch(self, seed: int, epoch: int, start: int = 0, digest: str | None = None) -> Iterator[LoadedBatch]:
         """Return the batches of one epoch of the run with this seed.
+
+        Parameters
+        ----------
+        seed, epoch : int
+            What the order is drawn from.
+        start : int, default 0
+            The first batch; those before it are passed.
+        digest : str, optional
+            What the order had drawn before ``start`` when it was left; compared with what it draws now.
 
         Raises
         ------
         ValueError
             While iterating, if there is not a single batch.
+        DataOrderError
+            While iterating, if the order is another than the one that was left.
         """
         key = (seed, self._stream, epoch)
-        if self._twin is None:
-            set_epoch(self.loader, epoch)
-            source: Iterable[Any] = self.loader
-        else:
-            source = self._twin
+        if self._twin is not None:
             self._twin.generator.manual_seed(_seed(key))
-            if isinstance(self._twin.dataset, IterableDataset):
-                set_epoch(self._twin.dataset, epoch)
-            else:
-                self._order.enter(key)
-        position = 0
+        if self._order is not None:
+            self._order.enter(key, start, digest)
+            batches = self._mapped()
+        else:
+            batches = self._iterated(key, start)
+        position = start
         try:
-            for batch in source:
+            for batch in batches:
                 yield batch
                 position += 1
         except Exception as error:
@@ -99,48 +162,224 @@ class EpochLoader:
                 "run through only once serves one epoch: pass a DataLoader, or an object whose __iter__ starts anew."
             )
 
+    def _mapped(self) -> Iterator[LoadedBatch]:
+        assert self._twin is not None
+        assert self._order is not None
+        for batch in self._twin:
+            yield LoadedBatch(batch, *self._order.drawn.popleft())
+
+    def _iterated(self, key: Key, start: int) -> Iterator[LoadedBatch]:
+        source = self._twin if self._twin is not None else self.loader
+        for told in (source, getattr(source, "dataset", None)):
+            _set_epoch(told, key[-1])
+        private = RandomState.seeded(_seed(key)) if not isinstance(source, (list, tuple)) else None
+        for batch in islice(_with_generators(source, private, at_once=1), start, None):
+            yield LoadedBatch(batch, None, "")
+
 
 class Order:
-    """The sampler of a twin: one epoch's batches of indices, drawn lazily under (seed, stream, epoch)."""
+    """The batch sampler of a twin: one epoch's indices, each batch with its key, drawn lazily.
+
+    Attributes
+    ----------
+    drawn : deque of (indices, digest)
+        Of the batches drawn and not yet yielded by the loader.
+    """
 
     def __init__(self, sampler: Iterable[Any]) -> None:
+        self.drawn: deque[tuple[Any, str]] = deque()
         self._sampler = sampler
-        self._key: tuple[int, ...] = ()
+        self._key: Key = ()
+        self._start = 0
+        self._expected: str | None = None
 
-    def enter(self, key: tuple[int, ...]) -> None:
-        """Set the (seed, stream, epoch) that the next iteration is drawn under."""
-        self._key = key
+    def enter(self, key: Key, start: int, digest: str | None) -> None:
+        """Set the (seed, stream, epoch), the first batch and the digest expected there, for the next iteration."""
+        self._key, self._start, self._expected = key, start, digest
 
     def __len__(self) -> int:
         return len(self._sampler)  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[tuple[Key, Any]]:
+        self.drawn.clear()
         seeds = random.Random(_seed(self._key))
         sampler = _fresh(self._sampler, seeds, epoch=self._key[-1])
-        if _self_contained(sampler):
-            yield from sampler
+        private = None if _self_contained(sampler) else RandomState.seeded(seeds.getrandbits(32))
+        digest = hashlib.blake2b(digest_size=16)
+        for number, indices in enumerate(_with_generators(sampler, private, _DRAWN_AT_ONCE)):
+            if number == self._start:
+                self._compare(digest.hexdigest())
+            digest.update(_text(indices))
+            if number >= self._start:
+                self.drawn.append((indices, digest.hexdigest()))
+                yield (*self._key, number), indices
+
+    def _compare(self, digest: str) -> None:
+        if self._expected is not None and digest != self._expected:
+            inner = getattr(self._sampler, "sampler", self._sampler)
+            raise DataOrderError(
+                f"the {self._start} batches before this point hold other samples than when the run was left, so it "
+                f"can't go on exactly. The sampler ({type(inner).__name__}) must be a function of its generators and "
+                "set_epoch, and the dataset and batch size the same. To start the epoch anew, load the weights alone."
+            )
+
+
+class Keyed(Dataset[Any]):
+    """A map-style dataset that loads and collates a whole batch, seeded from its place in the order.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The user's.
+    collate : callable
+        The user's collate function.
+    batched : bool
+        Whether the sampler gives lists of indices, or one index at a time.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[Any], Any], batched: bool) -> None:
+        self.dataset, self.collate, self.batched = dataset, collate, batched
+        self._at_once = batched and _reads_batches(dataset)
+        self._draws = not (_draws_nothing(dataset) and collate in (default_collate, default_convert))
+        self._held: list[Any] | None = None
+
+    def __getitems__(self, place: tuple[Key, Any]) -> Any:
+        """Return the collated batch at a (key, indices)."""
+        key, indices = place
+        if not self._draws:
+            return self.collate([self.dataset[i] for i in indices] if self.batched else self.dataset[indices])
+        if self._held is None:
+            self._held = held_generators(self.dataset)
+        in_worker = get_worker_info() is not None
+        with nullcontext() if in_worker else RandomState.capture(devices=False).put_back():
+            words = _words(key, len(indices) if self.batched and not self._at_once else 1)
+            if not self.batched or self._at_once:
+                self._seed(next(words))
+                samples = self.dataset.__getitems__(list(indices)) if self.batched else self.dataset[indices]
+            else:
+                samples = []
+                for index, word in zip(indices, words, strict=True):
+                    self._seed(word)
+                    samples.append(self.dataset[index])
+            return self.collate(samples)  # which draws on from where the last sample stopped
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}  # a worker that was spawned looks for its own
+
+    def _seed(self, word: tuple[int, int, int]) -> None:
+        random.seed(word[0])
+        np.random.seed(word[1])
+        torch.default_generator.manual_seed(word[2])
+        for number, generator in enumerate(self._held or ()):
+            reseed(generator, word[0] + number + 1)
+
+
+def held_generators(root: Any) -> list[Any]:
+    """Return the random generators that objects reachable from a dataset keep for themselves.
+
+    Looked through are attributes, closures, and containers of fewer than a thousand items.
+    """
+    found: list[Any] = []
+    seen: set[int] = set()
+    todo = [root]
+    while todo:
+        value = todo.pop(0)
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)):
+            found.append(value)
+        elif isinstance(value, dict):
+            todo += list(value.values()) if len(value) < 1000 else []
+        elif isinstance(value, (list, tuple, set)):
+            todo += list(value) if len(value) < 1000 else []
+        elif not isinstance(value, (type, torch.Tensor, np.ndarray)):
+            if type(value).__module__ != "builtins" or callable(value):
+                todo += list(getattr(value, "__dict__", {}).values())
+            todo += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
+            todo += [bound for bound in [getattr(value, "__self__", None)] if bound is not None]
+    return found
+
+
+def reseed(generator: Any, seed: int) -> None:
+    """Seed a generator of any of the four kinds."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed & 0xFFFFFFFF)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    else:
+        generator.seed(seed & 0xFFFFFFFF)
+
+
+class _InitWorker:
+    """Run the user's ``worker_init_fn`` where it finds the user's dataset."""
+
+    def __init__(self, function: Callable[[int], None] | None) -> None:
+        self.function = function
+
+    def __call__(self, worker_id: int) -> None:
+        info = get_worker_info()
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # type: ignore[union-attr]
+        if self.function is not None:
+            self.function(worker_id)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _with_generators(iterable: Iterable[Any], private: RandomState | None, at_once: int) -> Iterator[Any]:
+    """Iterate with the global generators exchanged for private ones while items are drawn, some at a time."""
+    if private is None:
+        yield from iterable
+        return
+    with private.swapped_in():
+        iterator = iter(iterable)
+    while True:
+        with private.swapped_in():
+            items = [copy.copy(item) if at_once > 1 else item for item in islice(iterator, at_once)]
+        yield from items  # never inside the exchange: what runs between is not ours
+        if len(items) < at_once:
             return
-        mine = RandomState.seeded(seeds.getrandbits(32))
-        with mine.swapped_in():
-            iterator = iter(sampler)
-        while True:
-            with mine.swapped_in():
-                drawn = [copy.copy(item) for item in islice(iterator, _DRAWN_AT_ONCE)]  # some yield one list again
-            yield from drawn
-            if len(drawn) < _DRAWN_AT_ONCE:
-                return
 
 
-def set_epoch(target: Any, epoch: int) -> None:
+def _words(key: Key, count: int) -> Iterator[tuple[int, int, int]]:
+    """Hash a key to ``count`` times 3 × 32 bits, all that PyTorch's CPU generator uses of a seed."""
+    digest = hashlib.shake_128(struct.pack(f"<{len(key)}q", *key)).digest(12 * count)
+    return struct.iter_unpack("<3I", digest)
+
+
+def _seed(key: Key) -> int:
+    return next(_words(key, 1))[0]
+
+
+def _text(indices: Any) -> bytes:
+    """Return what is hashed of indices: their values, of objects without a value of their own nothing but the type."""
+    if isinstance(indices, (int, float, str, bytes, slice, np.generic, type(None))):
+        return repr(indices).encode()
+    if isinstance(indices, (list, tuple)):
+        if all(type(i) is int for i in indices):
+            return repr(indices).encode()
+        return b"[" + b",".join(map(_text, indices)) + b"]"
+    if isinstance(indices, (torch.Tensor, np.ndarray)):
+        return repr(indices.tolist()).encode()
+    text = repr(indices)
+    return (type(indices).__qualname__ if " at 0x" in text else text).encode()
+
+
+def _set_epoch(target: Any, epoch: int) -> None:
     """Tell an object the epoch, if it has the ``set_epoch`` that PyTorch's samplers have."""
     method = getattr(target, "set_epoch", None)
     if callable(method):
         method(epoch)
-
-
-def _seed(key: tuple[int, ...]) -> int:
-    """Hash a key to 32 bits, all that PyTorch's CPU generator uses of a seed."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
 
 
 def _fresh(sampler: Any, seeds: random.Random, epoch: int) -> Any:
@@ -150,12 +389,9 @@ def _fresh(sampler: Any, seeds: random.Random, epoch: int) -> Any:
         fresh: Any
         if isinstance(value, torch.Generator) or (value is None and name == "generator"):
             fresh = torch.Generator().manual_seed(seeds.getrandbits(32))
-        elif isinstance(value, np.random.Generator):
-            fresh = np.random.default_rng(seeds.getrandbits(64))
-        elif isinstance(value, np.random.RandomState):
-            fresh = np.random.RandomState(seeds.getrandbits(32))
-        elif isinstance(value, random.Random):
-            fresh = random.Random(seeds.getrandbits(64))
+        elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
+            fresh = copy.deepcopy(value)
+            reseed(fresh, seeds.getrandbits(32))
         elif isinstance(value, Sampler):
             fresh = _fresh(value, seeds, epoch)
         elif isinstance(value, (list, dict, set, np.ndarray)):
@@ -163,7 +399,7 @@ def _fresh(sampler: Any, seeds: random.Random, epoch: int) -> Any:
         else:
             continue
         twin.__dict__[name] = fresh
-    set_epoch(twin, epoch)
+    _set_epoch(twin, epoch)
     return twin
 
 
@@ -172,3 +408,25 @@ def _self_contained(sampler: Any) -> bool:
     if type(sampler) is BatchSampler:
         return _self_contained(sampler.sampler)
     return type(sampler) in _SELF_CONTAINED or isinstance(sampler, (list, tuple, range))
+
+
+def _reads_batches(dataset: Any) -> bool:
+    """Tell whether a dataset reads a batch at once; Subset and StackDataset have ``__getitems__`` and may only loop."""
+    if isinstance(dataset, Subset) and type(dataset).__getitems__ is Subset.__getitems__:
+        return _reads_batches(dataset.dataset)
+    if type(dataset) is StackDataset:
+        parts = dataset.datasets
+        return any(map(_reads_batches, parts.values() if isinstance(parts, dict) else parts))
+    return callable(getattr(dataset, "__getitems__", None))
+
+
+def _draws_nothing(dataset: Any) -> bool:
+    """Tell whether loading a sample is known to draw nothing: tensors, and parts and chains of them."""
+    if type(dataset) is Subset:
+        return _draws_nothing(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return all(map(_draws_nothing, dataset.datasets))
+    if type(dataset) is StackDataset:
+        parts = dataset.datasets
+        return all(map(_draws_nothing, parts.values() if isinstance(parts, dict) else parts))
+    return type(dataset) is TensorDataset

@@ -28,12 +28,14 @@ class RandomState:
     devices: list[Tensor]
 
     @classmethod
-    def capture(cls) -> "RandomState":
-        """Read the present states."""
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-        if torch.backends.mps.is_available():
-            devices = [torch.mps.get_rng_state()]
-        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), devices)
+    def capture(cls, devices: bool = True) -> "RandomState":
+        """Read the present states; with ``devices=False`` the host's alone, which no accelerator is asked for."""
+        states: list[Tensor] = []
+        if devices and torch.cuda.is_available() and torch.cuda.is_initialized():
+            states = torch.cuda.get_rng_state_all()
+        elif devices and torch.backends.mps.is_available():
+            states = [torch.mps.get_rng_state()]
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), states)
 
     @classmethod
     def seeded(cls, seed: int) -> "RandomState":
@@ -52,23 +54,20 @@ class RandomState:
             torch.mps.set_rng_state(self.devices[0])
 
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Run a block with these states as the global ones; both sides go on afterwards where they were."""
-        outside = RandomState.capture()
-        self.restore()
+    def put_back(self) -> Iterator[None]:
+        """Put these states back after a block, whatever it draws."""
         try:
             yield
         finally:
-            inside = RandomState.capture()
-            self.python, self.numpy, self.torch = inside.python, inside.numpy, inside.torch
-            outside.restore()
+            self.restore()
 
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Put the global generators back, after a block, where they were before it."""
-    before = RandomState.capture()
-    try:
-        yield
-    finally:
-        before.restore()
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Run a block with these states as the global ones; both sides go on afterwards where they were."""
+        with RandomState.capture(devices=False).put_back():
+            self.restore()
+            try:
+                yield
+            finally:
+                inside = RandomState.capture(devices=False)
+                self.python, self.numpy, self.torch = inside.python, inside.numpy, inside.torch

@@ -20,7 +20,7 @@ from ununennium.training.figures import Figures
 from ununennium.training.loading import EpochLoader
 from ununennium.training.modes import Modes, modes_restored
 from ununennium.training.precision import Precision
-from ununennium.training.random_state import undisturbed
+from ununennium.training.random_state import RandomState
 from ununennium.training.state import TrainState
 from ununennium.training.step import BatchResult, Stepper
 from ununennium.training.targets import check_targets, compares_numbers
@@ -196,15 +196,15 @@ class Trainer:
             hook(self, epoch)
         self._train_figures.reset()
         batches = self._train_batches.epoch(self.state.seed, epoch)
-        for batch, opens, closes in windows(batches, self.gradient_accumulation_steps):
+        for loaded, opens, closes in windows(batches, self.gradient_accumulation_steps):
             index = self.state.batch
             for hook in self.callbacks.batch_start:
                 hook(self, index)
             try:
-                result = self._stepper.train(to_device(batch, self.device), opens, closes)
+                result = self._stepper.train(to_device(loaded.batch, self.device), opens, closes)
                 self._observe(result, training=True)
             except Exception as error:
-                self._explain(error, batch, f"epoch {epoch}, batch {index}")
+                self._explain(error, loaded.batch, f"epoch {epoch}, batch {index}")
                 raise
             if closes:
                 self._stepper.step()
@@ -243,15 +243,15 @@ class Trainer:
         if self.val_loader is None:
             raise ValueError("there is nothing to validate on: pass a val_loader to the Trainer")
         self._val_figures.reset()
-        with undisturbed(), modes_restored(*self._modules()):
+        with RandomState.capture().put_back(), modes_restored(*self._modules()):
             for module in self._modules():
                 module.eval()
-            for index, batch in enumerate(self._val_batches.epoch(self.state.seed, epoch=0)):
+            for index, loaded in enumerate(self._val_batches.epoch(self.state.seed, epoch=0)):
                 try:
-                    result = self._stepper.evaluate(to_device(batch, self.device))
+                    result = self._stepper.evaluate(to_device(loaded.batch, self.device))
                     self._observe(result, training=False)
                 except Exception as error:
-                    self._explain(error, batch, f"validation batch {index}")
+                    self._explain(error, loaded.batch, f"validation batch {index}")
                     raise
         return self._val_figures.compute()
 
