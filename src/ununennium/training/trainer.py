@@ -210,6 +210,7 @@ class Trainer:
                 self._stepper.step()
             for hook in self.callbacks.batch_end:
                 hook(self, index, {"train_loss": result.loss})
+            del result  # its outputs need not live through the next forward
             if closes and self._stop:
                 break
         logs = self._train_figures.compute()
