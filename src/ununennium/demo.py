@@ -266,13 +266,15 @@ def make_folder(folder: Path) -> Path:
 def write_indian_pines(folder: Path) -> tuple[Path, Path]:
     """Write the Indian Pines scene as GeoTIFFs and return the paths of image and labels.
 
-    It comes without a georeference. The grid is given a local one in metres, which is true to scale
-    and claims no place on Earth.
+    It comes without a georeference. The grid is given a local one in metres, which is true to scale and claims no
+    place on Earth.
     """
     try:
         from tensorly.datasets import load_indian_pines
     except ImportError as error:
         raise DemoError('the Indian Pines scene comes with tensorly: pip install "ununennium[demo]"') from error
+    print(ATTRIBUTION + "\n")
+    (folder / "ATTRIBUTION.txt").write_text(ATTRIBUTION + "\n", encoding="utf-8")
     bunch = load_indian_pines()
     cube = np.asarray(bunch.tensor).astype(np.uint16).transpose(2, 0, 1)
     labels, wavelengths = np.asarray(bunch.ticks[0]).astype(np.int64), bunch.ticks[1]
@@ -291,8 +293,6 @@ def write_indian_pines(folder: Path) -> tuple[Path, Path]:
     with rasterio.open(folder / "label.tif", "w", count=1, dtype="uint8", nodata=IGNORE, **profile) as target:
         target.write(np.where(labels == 0, IGNORE, labels - 1).astype(np.uint8), 1)
         target.update_tags(TIFFTAG_COPYRIGHT=ATTRIBUTION, **{str(i): name for i, name in enumerate(INDIAN_PINES)})
-    (folder / "ATTRIBUTION.txt").write_text(ATTRIBUTION + "\n", encoding="utf-8")
-    print(ATTRIBUTION + "\n")
     return folder / "image.tif", folder / "label.tif"
 
 
@@ -315,10 +315,10 @@ def read_scene(
     try:
         with rasterio.open(image_path) as image, rasterio.open(label_path) as label:
             check_grid(image, label)
-            bands = image.read()
-            valid = (image.read_masks() != 0).all(0) & np.isfinite(bands).all(0)
             if label.count != 1:
                 raise DemoError(f"{label_path} has {label.count} bands; labels are one band of integer classes")
+            bands = image.read()
+            valid = (image.read_masks() != 0).all(0) & np.isfinite(bands).all(0)
             raw = label.read(1)
             labelled = (label.read_masks(1) != 0) & (raw != ignore_index) & valid
             rgb, crs, transform = rgb_bands(image.descriptions), image.crs, image.transform
@@ -376,6 +376,8 @@ def class_names(values: Sequence[int], classes: str | Sequence[str] | Mapping[st
             classes = [name.strip() for name in classes.split(",")]
     if classes is None:
         return [f"class {value}" for value in values]
+    if not isinstance(classes, Mapping | list | tuple):
+        raise DemoError(f"{source} holds no list of class names, and no mapping from label values to them")
     if isinstance(classes, Mapping):
         names = {int(value): str(name) for value, name in classes.items() if str(value).isdigit()}
     else:
