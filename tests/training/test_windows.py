@@ -241,7 +241,10 @@ def test_a_batch_of_classes_that_weigh_nothing_is_nothing(make_model, make_data,
         assert_close(recorder.gradients[0], alone.gradients[0])
 
 
-def test_a_batch_without_samples_may_open_a_window(make_model):
+@pytest.mark.parametrize("looks", [True, False], ids=["cpu", "as on an accelerator"])
+def test_a_batch_without_samples_may_open_a_window(make_model, monkeypatch, looks):
+    begin = Stepper.begin
+    monkeypatch.setattr(Stepper, "begin", lambda self, p: begin(self, p) or setattr(self, "looks", looks))
     images, masks = torch.randn(4, 3, 6, 6, dtype=torch.float64), torch.randint(0, 4, (4, 6, 6))
     batches = [(images[:0], masks[:0]), (images, masks)]
     _, with_empty, _ = run(make_model(), nn.CrossEntropyLoss(), batches, 2)
