@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ununennium.metrics import IoU
 from ununennium.training import Callback, Trainer
+from ununennium.training.run_figures import RunFigures
 
 IMPORTS = {
     "torch": "import torch",
@@ -63,8 +64,7 @@ def by_hand(metric: IoU | None = None) -> Callable[[], None]:
 def by_trainer(callbacks: list[Callback], metrics: list[IoU], progress: bool) -> Callable[[], None]:
     trainer = Trainer(*setup(), callbacks=callbacks, device="cpu", progress=progress, seed=0)
     # On training figures alone, which the constructor does not offer: it asks for a val_loader with metrics.
-    trainer._train_figures, trainer._val_figures = trainer._new_figures(metrics)
-    trainer._metrics_known = True
+    trainer._figures = RunFigures(metrics, trainer.loss_fn, trainer.device, finite_only=False)
     return lambda: trainer.fit(1) and None
 
 

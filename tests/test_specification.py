@@ -116,7 +116,7 @@ def test_the_first_example(loaders, tmp_path, monkeypatch, capsys):
     assert Path("checkpoints/best/model.safetensors").is_file()
     assert Path("checkpoints/last/model.safetensors").is_file()
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 3
+    assert len(table) == 4  # the seed, the columns, two epochs
     assert "val_iou" in table[0]
 
 

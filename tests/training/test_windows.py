@@ -228,7 +228,7 @@ def test_a_batch_of_classes_that_weigh_nothing_is_nothing(make_model, make_data,
     data.tensors[1][2:4] = 0
     weight = torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
     begin = Stepper.begin
-    monkeypatch.setattr(Stepper, "begin", lambda self, p: begin(self, p) or setattr(self, "looks", looks))
+    monkeypatch.setattr(Stepper, "begin", lambda self, *p: begin(self, *p) or setattr(self, "looks", looks))
     model = make_model()
     loss_fn = nn.CrossEntropyLoss(weight=weight)
     trainer, recorder, history = run(model, loss_fn, DataLoader(data, batch_size=2), accumulation)
@@ -244,7 +244,7 @@ def test_a_batch_of_classes_that_weigh_nothing_is_nothing(make_model, make_data,
 @pytest.mark.parametrize("looks", [True, False], ids=["cpu", "as on an accelerator"])
 def test_a_batch_without_samples_may_open_a_window(make_model, monkeypatch, looks):
     begin = Stepper.begin
-    monkeypatch.setattr(Stepper, "begin", lambda self, p: begin(self, p) or setattr(self, "looks", looks))
+    monkeypatch.setattr(Stepper, "begin", lambda self, *p: begin(self, *p) or setattr(self, "looks", looks))
     images, masks = torch.randn(4, 3, 6, 6, dtype=torch.float64), torch.randint(0, 4, (4, 6, 6))
     batches = [(images[:0], masks[:0]), (images, masks)]
     _, with_empty, _ = run(make_model(), nn.CrossEntropyLoss(), batches, 2)
@@ -290,7 +290,7 @@ def test_on_an_accelerator_no_step_waits_for_the_device(make_model, make_data, m
         return call
 
     calls = []  # the first batch is looked at by DiceLoss, once
-    monkeypatch.setattr(Stepper, "begin", lambda self, p: begin(self, p) or setattr(self, "looks", False))
+    monkeypatch.setattr(Stepper, "begin", lambda self, *p: begin(self, *p) or setattr(self, "looks", False))
     monkeypatch.setattr(Stepper, "train", guarded(train))
     monkeypatch.setattr(Stepper, "step", guarded(step))
     run(make_model(), loss_fn, DataLoader(data, batch_size=2), accumulation, gradient_clip_norm=1.0)

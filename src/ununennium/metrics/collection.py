@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ununennium.metrics.confusion import ConfusionMatrix, ConfusionMetric
 
@@ -104,12 +104,57 @@ class MetricCollection:
         for source in self._sources:
             source.reset()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the metrics have counted so far: the live tensors, in plain data.
+
+        Of a metric with neither ``state_dict`` nor PyTorch modules in it these are its attributes.
+        """
+        return {"names": list(self._metrics), "states": [_state_of(source) for source in self._sources]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave.
+
+        Raises
+        ------
+        ValueError
+            If it is of other metrics.
+        """
+        if state["names"] != list(self._metrics) or len(state["states"]) != len(self._sources):
+            raise ValueError(f"the counts are of the metrics {state['names']}, these are {list(self._metrics)}")
+        for source, of_source in zip(self._sources, state["states"], strict=True):
+            _take_over(source, of_source)
+
     def to(self, device: torch.device) -> "MetricCollection":
         """Move metrics that keep their state on one device (torchmetrics); ours follow the batches."""
         for source in self._sources:
             if hasattr(source, "to"):
                 source.to(device)
         return self
+
+
+def _state_of(source: Any) -> dict[str, Any]:
+    """Return what a metric remembers; torchmetrics keeps its sums out of ``state_dict`` unless told otherwise."""
+    if isinstance(source, nn.Module):
+        parts: list[Any] = [part for part in source.modules() if hasattr(part, "persistent")]
+        for part in parts:
+            part.persistent(True)
+        updates = [getattr(part, "_update_count", 0) for part in parts]
+        return {"module": dict(source.state_dict()), "updates": updates}
+    if hasattr(source, "state_dict"):
+        return dict(source.state_dict())
+    return dict(vars(source))
+
+
+def _take_over(source: Any, state: dict[str, Any]) -> None:
+    if isinstance(source, nn.Module):
+        parts = [part for part in source.modules() if hasattr(part, "persistent")]
+        source.load_state_dict(state["module"])
+        for part, updates in zip(parts, state["updates"], strict=True):
+            part._update_count = updates  # else torchmetrics takes the metric for one that was never updated
+    elif hasattr(source, "load_state_dict"):
+        source.load_state_dict(state)
+    else:
+        vars(source).update(state)
 
 
 def _name(metric: Any) -> str:

@@ -125,6 +125,25 @@ class ConfusionMatrix:
         self._counts.zero_()
         self._ignored.zero_()
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the counts so far: the live tensors."""
+        return {"counts": self._counts, "ignored": self._ignored}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from counts that ``state_dict`` gave.
+
+        Raises
+        ------
+        ValueError
+            If they are of another number of classes.
+        """
+        if state["counts"].shape != self._counts.shape:
+            raise ValueError(
+                f"the counts are not of num_classes={self.num_classes}: make the metric with the number of classes "
+                "that they were counted with"
+            )
+        self._counts, self._ignored = state["counts"].clone(), state["ignored"].clone()
+
 
 class ConfusionMetric(ABC):
     """A figure per class that is read from a confusion matrix.
@@ -192,6 +211,14 @@ class ConfusionMetric(ABC):
     def reset(self) -> None:
         """Start counting from zero."""
         self.confusion.reset()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the counts so far: the live tensors."""
+        return self.confusion.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from counts that ``state_dict`` gave; see `ConfusionMatrix.load_state_dict`."""
+        self.confusion.load_state_dict(state)
 
     @abstractmethod
     def _figures(self, correct: Tensor, true: Tensor, predicted: Tensor) -> Tensor: ...

@@ -1,7 +1,7 @@
 """Arguments that can't be right, found before the first step."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ununennium.training.batches import describe
-from ununennium.training.errors import BatchError, NonFiniteError
+from ununennium.training.errors import BatchError
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -46,6 +46,12 @@ def check_integer(name: str, value: Any, minimum: int) -> None:
         raise TypeError(f"{name} must be an integer of at least {minimum}, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_clip_norm(value: Any) -> None:
@@ -148,16 +154,6 @@ def first_epoch(epochs: int, start_epoch: int, loaded: int | None) -> int:
             f"to run {epochs} more, use epochs={start_epoch + epochs}"
         )
     return start_epoch
-
-
-def check_finite(weights: Mapping[str, Tensor]) -> None:
-    """Raise if a weight is NaN or infinite."""
-    for name, value in weights.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise NonFiniteError(
-                f"{name} holds NaN or infinite values, so no checkpoint was written and the earlier ones stay. Lower "
-                "the learning rate, set gradient_clip_norm, or look for a loss that has no finite gradient."
-            )
 
 
 def check_loss(loss: Any) -> None:

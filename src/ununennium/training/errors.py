@@ -6,7 +6,15 @@ class BatchError(ValueError):
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss, gradient or weight that is NaN or infinite."""
+    """A loss, gradient or weight that is NaN or infinite.
+
+    Attributes
+    ----------
+    batches : range or None
+        The batches of the running epoch that it may come from, where that is known.
+    """
+
+    batches: range | None = None
 
 
 class DataOrderError(RuntimeError):
@@ -15,3 +23,11 @@ class DataOrderError(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is damaged, of another kind, or of another run."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not whole, or not there."""
+
+
+class Preempted(SystemExit):
+    """A run that a signal ended between two steps, its checkpoint written; uncaught it exits with code 143."""

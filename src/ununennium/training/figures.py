@@ -1,6 +1,7 @@
 """The figures of a pass over a loader: the mean loss, and the metrics."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ class RunningMean:
     Sums are float64 (float32 on devices that lack it). A value whose count is 0 is nothing, NaN included: the mean
     of no targets is not a number, and not an error.
 
+    Parameters
+    ----------
+    finite_only : bool, default False
+        Leave values that are NaN or infinite out of the mean.
+
     Attributes
     ----------
     count : float
@@ -25,7 +31,8 @@ class RunningMean:
         Number of the first value over a count above 0 that was NaN or infinite; known after ``compute``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, finite_only: bool = False) -> None:
+        self._finite_only = finite_only
         self._values: list[Tensor] = []
         self._counts: list[Tensor | int] = []
         self._sums: Tensor | None = None
@@ -50,6 +57,22 @@ class RunningMean:
         self.first_not_finite = None if math.isinf(bad) else int(bad)
         return total / self.count if self.count else float("nan")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return sums and what is not yet summed, as live tensors: sums in another order would have other bits."""
+        return {
+            "values": list(self._values),
+            "counts": list(self._counts),
+            "sums": self._sums,
+            "gathered": self._gathered,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what ``state_dict`` gave."""
+        self._values = [value.to(device) for value in state["values"]]
+        self._counts = [c.to(device) if isinstance(c, Tensor) else c for c in state["counts"]]
+        self._sums = None if state["sums"] is None else state["sums"].to(device)
+        self._gathered = state["gathered"]
+
     def _gather(self) -> None:
         device = self._values[0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -57,7 +80,10 @@ class RunningMean:
         counts = torch.stack([c if isinstance(c, Tensor) else torch.tensor(c) for c in self._counts])
         counts = counts.to(device=device, dtype=dtype, non_blocking=True)
         numbers = torch.arange(self._gathered, self._gathered + len(values), device=device)
-        bad = torch.where((counts > 0) & ~values.isfinite(), numbers, torch.inf).min().to(dtype)
+        finite = values.isfinite()
+        bad = torch.where((counts > 0) & ~finite, numbers, torch.inf).min().to(dtype)
+        if self._finite_only:
+            counts = torch.where(finite, counts, 0)
         total, count = torch.where(counts > 0, values * counts, 0).sum(), counts.sum()
         if self._sums is not None:
             total, count, bad = total + self._sums[0], count + self._sums[1], torch.minimum(bad, self._sums[2])
@@ -75,6 +101,8 @@ class Figures:
         What their names in the logs begin with: ``train_`` or ``val_``.
     metrics : MetricCollection
         The metrics; the loss is always there.
+    finite_only : bool, default False
+        Leave losses that are NaN or infinite out of the mean.
 
     Attributes
     ----------
@@ -82,14 +110,15 @@ class Figures:
         The loss, over what it averages over.
     """
 
-    def __init__(self, prefix: str, metrics: MetricCollection) -> None:
+    def __init__(self, prefix: str, metrics: MetricCollection, finite_only: bool = False) -> None:
         self.prefix = prefix
         self.metrics = metrics
-        self.loss = RunningMean()
+        self._finite_only = finite_only
+        self.loss = RunningMean(finite_only)
 
     def reset(self) -> None:
         """Begin a pass."""
-        self.loss = RunningMean()
+        self.loss = RunningMean(self._finite_only)
         self.metrics.reset()
 
     def update(self, result: BatchResult) -> None:
@@ -106,3 +135,19 @@ class Figures:
         """Return the figures of the pass by name."""
         figures = {"loss": self.loss.compute(), **self.metrics.compute()}
         return {self.prefix + name: value for name, value in figures.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the pass has summed so far, as live tensors in plain data."""
+        return {"loss": self.loss.state_dict(), "metrics": self.metrics.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on, on a device, from what ``state_dict`` gave.
+
+        Raises
+        ------
+        ValueError
+            If it is of other metrics.
+        """
+        self.metrics.load_state_dict(state["metrics"])
+        self.metrics.to(device)
+        self.loss.load_state_dict(state["loss"], device)

@@ -2,8 +2,11 @@
 
 import copy
 import hashlib
+import os
 import random
+import signal
 import struct
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -36,6 +39,8 @@ from ununennium.training.errors import DataOrderError
 from ununennium.training.random_state import RandomState
 
 Key = tuple[int, ...]
+
+_END = object()
 
 _SELF_CONTAINED = (
     BatchSampler,
@@ -97,6 +102,7 @@ class EpochLoader:
         self.loader = loader
         self._stream = stream
         self._twin: DataLoader[Any] | None = None
+        self._private: RandomState | None = None
         self._order: Order | None = None
         if not isinstance(loader, DataLoader):
             return
@@ -105,23 +111,56 @@ class EpochLoader:
                 "the loader has in_order=False, so that its order depends on which worker is fastest and no run can be "
                 "repeated or resumed: use in_order=True"
             )
+        mapped = not isinstance(loader.dataset, IterableDataset)
+        if not mapped and self._remembers():
+            return
         self._twin = copy.copy(loader)
-        changes: dict[str, Any] = {"generator": torch.Generator(), "_iterator": None}
-        if not isinstance(loader.dataset, IterableDataset):
+        changes: dict[str, Any] = {
+            "generator": torch.Generator(),
+            "worker_init_fn": _InitWorker(loader.worker_init_fn, mapped),
+            "_iterator": None,
+        }
+        if mapped:
             batched = loader.batch_sampler is not None
             self._order = Order(loader.batch_sampler or loader.sampler)
             changes |= {
                 "batch_sampler": self._order,
                 "dataset": Keyed(loader.dataset, loader.collate_fn, batched),
                 "collate_fn": _as_it_is,
-                "worker_init_fn": _InitWorker(loader.worker_init_fn),
             }
         self._twin.__dict__.update(changes)  # DataLoader.__setattr__ forbids assigning a sampler
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 
-    def epoch(self, seed: int, epoch: int, start: int = 0, digest: str | None = None) -> Iterator[LoadedBatch]:
+    def describe(self) -> dict[str, Any]:
+        """Return what a run that goes on must have in common with the one that was left; None where it is unknown."""
+        loader: Any = self.loader
+        samples = _length(loader.dataset) if self._order is not None else None
+        sizes = (getattr(source, "batch_size", None) for source in (loader, getattr(loader, "batch_sampler", None)))
+        return {
+            "samples": samples,
+            "batch_size": next((size for size in sizes if isinstance(size, int)), None),
+            "batches": _length(loader),
+        }
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the position of an iterable loader that can tell it, between two batches; None of any other."""
+        if self._order is not None or self._private is None or not self._remembers():
+            return None
+        random = self._private
+        return {"loader": self.loader.state_dict(), "random": [random.python, random.numpy, random.torch]}  # type: ignore[attr-defined]
+
+    def indices(self, seed: int, epoch: int, batches: range) -> dict[int, Any]:
+        """Return what the sampler gives for some batches of an epoch, by batch; empty for iterables."""
+        if self._order is None:
+            return {}
+        drawn = self._order.draw((seed, self._stream, epoch))
+        return {number: indices for number, indices in islice(drawn, batches.stop) if number in batches}
+
+    def epoch(
+        self, seed: int, epoch: int, start: int = 0, digest: str | None = None, state: dict[str, Any] | None = None
+    ) -> Iterator[LoadedBatch]:
         """Return the batches of one epoch of the run with this seed.
 
         Parameters
@@ -132,6 +171,8 @@ class EpochLoader:
             The first batch; those before it are passed.
         digest : str, optional
             What the order had drawn before ``start`` when it was left; compared with what it draws now.
+        state : dict, optional
+            What ``state_dict`` gave there: the loader goes on from it, instead of loading what was passed.
 
         Raises
         ------
@@ -147,7 +188,7 @@ class EpochLoader:
             self._order.enter(key, start, digest)
             batches = self._mapped()
         else:
-            batches = self._iterated(key, start)
+            batches = self._iterated(key, start, state)
         position = start
         try:
             for batch in batches:
@@ -168,13 +209,29 @@ class EpochLoader:
         for batch in self._twin:
             yield LoadedBatch(batch, *self._order.drawn.popleft())
 
-    def _iterated(self, key: Key, start: int) -> Iterator[LoadedBatch]:
-        source = self._twin if self._twin is not None else self.loader
+    def _iterated(self, key: Key, start: int, state: dict[str, Any] | None) -> Iterator[LoadedBatch]:
+        source: Any = self._twin if self._twin is not None else self.loader
         for told in (source, getattr(source, "dataset", None)):
             _set_epoch(told, key[-1])
         private = RandomState.seeded(_seed(key)) if not isinstance(source, (list, tuple)) else None
-        for batch in islice(_with_generators(source, private, at_once=1), start, None):
+        if state is not None:
+            source.load_state_dict(state["loader"])
+            python, numpy, pytorch = state["random"]
+            private = RandomState(python, numpy, pytorch, [])
+        self._private = private
+        passed = 0 if state is not None else start
+        batches = iter(_with_generators(source, private, at_once=1))
+        for number in range(passed):
+            if next(batches, _END) is _END:
+                raise DataOrderError(
+                    f"the loader ended after {number} batches, and the run was left after {start} of this epoch: it "
+                    "must give the same batches again"
+                )
+        for batch in batches:
             yield LoadedBatch(batch, None, "")
+
+    def _remembers(self) -> bool:
+        return all(callable(getattr(self.loader, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 class Order:
@@ -200,22 +257,29 @@ class Order:
     def __len__(self) -> int:
         return len(self._sampler)  # type: ignore[arg-type]
 
+    def draw(self, key: Key) -> Iterator[tuple[int, Any]]:
+        """Draw the order of a (seed, stream, epoch) from its beginning: numbers of batches and their indices."""
+        seeds = random.Random(_seed(key))
+        sampler = _fresh(self._sampler, seeds, epoch=key[-1])
+        private = None if _self_contained(sampler) else RandomState.seeded(seeds.getrandbits(32))
+        return enumerate(_with_generators(sampler, private, _DRAWN_AT_ONCE))
+
     def __iter__(self) -> Iterator[tuple[Key, Any]]:
         self.drawn.clear()
-        seeds = random.Random(_seed(self._key))
-        sampler = _fresh(self._sampler, seeds, epoch=self._key[-1])
-        private = None if _self_contained(sampler) else RandomState.seeded(seeds.getrandbits(32))
         digest = hashlib.blake2b(digest_size=16)
-        for number, indices in enumerate(_with_generators(sampler, private, _DRAWN_AT_ONCE)):
-            if number == self._start:
+        end = -1
+        for end, indices in self.draw(self._key):
+            if end == self._start:
                 self._compare(digest.hexdigest())
             digest.update(_text(indices))
-            if number >= self._start:
+            if end >= self._start:
                 self.drawn.append((indices, digest.hexdigest()))
-                yield (*self._key, number), indices
+                yield (*self._key, end), indices
+        if end < self._start:
+            self._compare(digest.hexdigest(), ended=end + 1 < self._start)
 
-    def _compare(self, digest: str) -> None:
-        if self._expected is not None and digest != self._expected:
+    def _compare(self, digest: str, ended: bool = False) -> None:
+        if self._start and self._expected is not None and (ended or digest != self._expected):
             inner = getattr(self._sampler, "sampler", self._sampler)
             raise DataOrderError(
                 f"the {self._start} batches before this point hold other samples than when the run was left, so it "
@@ -312,16 +376,45 @@ def reseed(generator: Any, seed: int) -> None:
 
 
 class _InitWorker:
-    """Run the user's ``worker_init_fn`` where it finds the user's dataset."""
+    """Run the user's ``worker_init_fn`` where it finds the user's dataset, in a worker that only its parent ends."""
 
-    def __init__(self, function: Callable[[int], None] | None) -> None:
-        self.function = function
+    def __init__(self, function: Callable[[int], None] | None, keyed: bool) -> None:
+        self.function, self.keyed = function, keyed
 
     def __call__(self, worker_id: int) -> None:
+        _leave_signals_to_the_parent()
         info = get_worker_info()
-        object.__setattr__(info, "dataset", info.dataset.dataset)  # type: ignore[union-attr]
+        if self.keyed:
+            object.__setattr__(info, "dataset", info.dataset.dataset)  # type: ignore[union-attr]
         if self.function is not None:
             self.function(worker_id)
+
+
+def _leave_signals_to_the_parent() -> None:
+    """Let a worker outlive signals that a terminal or scheduler sends to all: the parent still needs its batches.
+
+    SIGTERM is what the parent itself ends its workers with, so it is answered if it comes from there.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # on macOS, SIGTERM ends a worker whoever sends it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="SIGTERM", daemon=True).start()
+
+
+def _length(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except TypeError:
+        return None
 
 
 def _as_it_is(value: Any) -> Any:

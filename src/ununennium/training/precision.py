@@ -42,6 +42,11 @@ class Precision:
         )
 
     @property
+    def name(self) -> str:
+        """The data type of the forward."""
+        return str(self.dtype or torch.get_default_dtype()).removeprefix("torch.")
+
+    @property
     def scales(self) -> bool:
         """Whether the loss is scaled, so that a gradient may overflow and its step be skipped."""
         return self.scaler.is_enabled()

@@ -1,6 +1,7 @@
 """Where a run is."""
 
 import math
+import secrets
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +22,18 @@ class TrainState:
         Optimizer steps that really happened.
     skipped_steps : int
         Optimizer steps that the loss scaler left out because a gradient overflowed.
+    nonfinite_steps : int
+        Optimizer steps that ``on_nonfinite="skip"`` left out because loss or gradient was not finite.
+    open_batches : int
+        Batches since the last optimizer step. Where it is 0, between two windows, a run can be saved and left.
+    validating : bool
+        Whether the running epoch has been trained, so that its validation is next.
+    stopping : bool
+        Whether somebody asked for the end: of the running epoch with what it has, and of the run.
+    digest : str
+        Of the indices of the batches finished in the running epoch.
+    run : str
+        Tells this run from others; it goes on under the same name after it was resumed.
     records : list of (int, dict)
         Number and figures of each finished epoch.
     """
@@ -30,17 +43,29 @@ class TrainState:
     batch: int = 0
     optimizer_steps: int = 0
     skipped_steps: int = 0
+    nonfinite_steps: int = 0
+    open_batches: int = 0
+    validating: bool = False
+    stopping: bool = False
+    digest: str = ""
+    run: str = field(default_factory=lambda: secrets.token_hex(8), compare=False)
     records: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
     def begin_epoch(self, epoch: int) -> None:
         """Enter an epoch; figures of it or later ones, from an earlier run over them, are dropped."""
-        self.epoch, self.batch = epoch, 0
+        self.epoch, self.batch, self.open_batches = epoch, 0, 0
+        self.validating, self.digest = False, ""
         self.records = [record for record in self.records if record[0] < epoch]
 
     def finish_epoch(self, logs: dict[str, float]) -> None:
         """Record the figures of the running epoch and step to the next."""
         self.records.append((self.epoch, logs))
-        self.epoch, self.batch = self.epoch + 1, 0
+        self.epoch, self.batch, self.validating, self.digest = self.epoch + 1, 0, False, ""
+
+    @property
+    def inside_epoch(self) -> bool:
+        """Whether an epoch is under way, so that its sums belong to what has to be kept."""
+        return self.batch > 0 or self.validating
 
     def history(self) -> dict[str, list[float]]:
         """Return the figures by name, one for each finished epoch; NaN where an epoch lacks one."""

@@ -55,6 +55,9 @@ class Stepper:
         Upper limit of the 2-norm of the whole gradient.
     state : TrainState
         Its counters advance with the batches and steps.
+    skips : bool, default False
+        Leave out a step whose loss or gradient is not finite, instead of raising. On an accelerator, the host then
+        waits for the device once a window.
 
     Attributes
     ----------
@@ -72,6 +75,7 @@ class Stepper:
         precision: Precision,
         clip_norm: float | None,
         state: TrainState,
+        skips: bool = False,
     ) -> None:
         self.gradient_norm: Tensor | None = None
         self.looks = False
@@ -81,19 +85,26 @@ class Stepper:
         self._precision = precision
         self._clip_norm = clip_norm
         self._state = state
+        self._skips = skips
         self._parameters: list[Tensor] = []
+        self._buffers: list[Tensor] = []
+        self._before: list[Tensor] = []
         self._others: list[Tensor] = []
         self._window: list[tuple[Tensor, Tensor | int]] = []
         self._unit = 1
         self._total: Tensor | float = 0.0
 
-    def begin(self, parameters: Iterable[Tensor]) -> None:
-        """Take note of all parameters, a learning loss's too: cleared before a window, clipped after it."""
+    def begin(self, parameters: Iterable[Tensor], buffers: Iterable[Tensor] = ()) -> None:
+        """Take note of all parameters, a learning loss's too: cleared before a window, clipped after it.
+
+        Buffers, which a forward may change (BatchNorm's statistics), are put back when a step is skipped.
+        """
         optimized = [p for group in self._optimizer.param_groups for p in group["params"]]
         known = {id(p) for p in optimized}
         self._others = [p for p in dict.fromkeys(parameters) if id(p) not in known]
         self._parameters = optimized + self._others
         self.looks = all(p.device.type == "cpu" for p in self._parameters)
+        self._buffers = list(buffers) if self._skips else []
 
     def train(self, batch: Any, opens: bool, closes: bool) -> BatchResult:
         """Run one batch, already on the device, forward and back; ``opens`` and ``closes`` say where in its window.
@@ -105,6 +116,8 @@ class Stepper:
             self._total = 0.0
             for parameter in self._parameters:
                 parameter.grad = None
+            if self._buffers:
+                self._before = [buffer.clone() for buffer in self._buffers]
         with self._precision.autocast():
             loss, outputs, targets = self._compute_loss(batch)
         count = self._count(outputs, targets, batch)
@@ -124,6 +137,7 @@ class Stepper:
         loss = loss.detach()
         self._window.append((loss, count))
         self._state.batch += 1
+        self._state.open_batches += 1
         return BatchResult(loss, count, outputs.detach() if isinstance(outputs, Tensor) else outputs, targets)
 
     def step(self) -> None:
@@ -135,19 +149,14 @@ class Stepper:
             If a loss of the window or the gradient's norm is not finite; the weights are as they were. On an
             accelerator, where looking would make the device wait, the end of the epoch tells.
         """
-        if self.looks:
-            self._check_losses()
-        if isinstance(self._total, Tensor):
-            gradients = [p.grad for p in self._parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, torch.where(self._total > 0, 1 / self._total, 0))
-        self._precision.unscale(self._optimizer, self._others)
-        if self._clip_norm is not None:
-            self.gradient_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-            if self.looks and not self._precision.scales and not math.isfinite(self.gradient_norm):
-                raise NonFiniteError(
-                    self._complaint("the norm of the gradient", self.gradient_norm, self._state.batch - 1)
-                )
-        if self._precision.step(self._optimizer):
+        num_batches, self._state.open_batches = self._state.open_batches, 0
+        batches = range(self._state.batch - num_batches, self._state.batch)
+        bad = self._bad_loss(batches) if self.looks or self._skips else None
+        if bad is None:
+            bad = self._bad_gradient(batches)
+        if bad is not None:
+            self._pass_over(bad)
+        elif self._precision.step(self._optimizer):
             self._state.optimizer_steps += 1
         else:
             self._state.skipped_steps += 1
@@ -165,28 +174,61 @@ class Stepper:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _check_losses(self) -> None:
-        first = self._state.batch - len(self._window)
-        for position, (loss, count) in enumerate(self._window, first):
+    def _bad_loss(self, batches: range) -> NonFiniteError | None:
+        for number, (loss, count) in zip(batches, self._window, strict=True):
             if not math.isfinite(loss) and count != 0:  # a mean over nothing is NaN, and nothing
-                raise NonFiniteError(self._complaint("the loss", loss, position))
+                return self._complaint("the loss", loss, number, batches)
+        return None
 
-    def _complaint(self, what: str, value: Tensor, batch: int) -> str:
-        if all(bool(p.isfinite().all()) for p in self._parameters):
+    def _bad_gradient(self, batches: range) -> NonFiniteError | None:
+        """Divide, unscale and clip the gradient; tell whether its norm, if anybody asks for it, is not finite."""
+        if isinstance(self._total, Tensor):
+            torch._foreach_mul_(self._gradients(), torch.where(self._total > 0, 1 / self._total, 0))
+        self._precision.unscale(self._optimizer, self._others)
+        if self._clip_norm is not None:
+            self.gradient_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        elif self._skips:
+            self.gradient_norm = torch.nn.utils.get_total_norm(self._gradients())
+        if self._precision.scales or self.gradient_norm is None or not (self.looks or self._skips):
+            return None  # an overflow of fp16 is the loss scaler's business
+        if math.isfinite(self.gradient_norm):
+            return None
+        return self._complaint("the norm of the gradient", self.gradient_norm, batches[-1], batches)
+
+    def _pass_over(self, bad: NonFiniteError) -> None:
+        """Raise, or leave the step out and the model as it was before its window."""
+        if not self._skips or not self._weights_are_finite():
+            raise bad
+        with torch.no_grad():
+            for buffer, before in zip(self._buffers, self._before, strict=True):
+                buffer.copy_(before)
+        self._state.nonfinite_steps += 1
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def _weights_are_finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self._parameters)
+
+    def _complaint(self, what: str, value: Tensor, batch: int, batches: range) -> NonFiniteError:
+        if self._weights_are_finite():
             cause = (
                 "The weights are as they were before this step. Look at that batch for NaN or infinite inputs (nodata "
                 "that was not masked, a division by zero in an index); if the data are sound, lower the learning rate "
-                "or set gradient_clip_norm."
+                'or set gradient_clip_norm. on_nonfinite="skip" leaves such steps out, and counts them.'
             )
         else:
             cause = (
                 "The weights were not finite before this step, so an earlier step had a gradient that was not: set "
                 "gradient_clip_norm, which looks at every gradient, and take the last checkpoint's weights."
             )
-        return (
+            batches = range(max(batches.start - max(len(batches), 1), 0), batches.start)
+        error = NonFiniteError(
             f"{what} is {float(value)} at optimizer step {self._state.optimizer_steps} (epoch {self._state.epoch}, "
             f"batch {batch}). {cause}"
         )
+        error.batches = batches
+        return error
 
 
 def _block_empty(outputs: Any, count: Tensor | int) -> None:

@@ -2,29 +2,31 @@
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ununennium.metrics import Metric, MetricCollection
+from ununennium.metrics import Metric
 from ununennium.training import checkpoint, checks
 from ununennium.training.batches import split_batch, to_device
 from ununennium.training.callbacks.base import Callback, CallbackList
+from ununennium.training.callbacks.checkpoint import CheckpointCallback
 from ununennium.training.callbacks.progress import ProgressCallback
-from ununennium.training.default_metrics import default_metrics
-from ununennium.training.errors import NonFiniteError
+from ununennium.training.errors import CheckpointError, NonFiniteError
 from ununennium.training.explain import explain
-from ununennium.training.figures import Figures
-from ununennium.training.loading import EpochLoader
+from ununennium.training.loading import EpochLoader, LoadedBatch
 from ununennium.training.modes import Modes, modes_restored
 from ununennium.training.precision import Precision
 from ununennium.training.random_state import RandomState
+from ununennium.training.run_figures import RunFigures
+from ununennium.training.signals import Signals
 from ununennium.training.state import TrainState
 from ununennium.training.step import BatchResult, Stepper
-from ununennium.training.targets import check_targets, compares_numbers
-from ununennium.training.windows import loss_setting, target_counter, windows
+from ununennium.training.targets import check_targets
+from ununennium.training.windows import target_counter, windows
 
 
 class Trainer:
@@ -65,8 +67,13 @@ class Trainer:
     find_unused_params : bool, default False
         Passed to `DistributedDataParallel`.
     seed : int, optional
-        What the order of the samples is drawn from, together with the epoch. By default drawn itself; see
-        ``trainer.state.seed``.
+        What the order of the samples is drawn from, together with the epoch. By default drawn itself; it is shown, and
+        in ``trainer.state.seed``.
+    on_nonfinite : {"raise", "skip"}, default "raise"
+        What to do when loss or gradient is NaN or infinite: end the run, naming step and samples, or leave the step
+        out, with the model as it was before it, and count it in ``nonfinite_steps`` of the logs. For that every
+        gradient is looked at, and an accelerator waited for once a step. An overflow in fp16 is neither: the loss
+        scaler leaves such steps out by itself.
     progress : bool, default True
         Show a progress bar and a table of epochs.
 
@@ -101,6 +108,7 @@ class Trainer:
         backend: str | None = None,
         find_unused_params: bool = False,
         seed: int | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
         progress: bool = True,
     ) -> None:
         checks.check_model_and_loss(model, loss_fn)
@@ -109,6 +117,7 @@ class Trainer:
         checks.check_integer("gradient_accumulation_steps", gradient_accumulation_steps, minimum=1)
         checks.check_integer("seed", 0 if seed is None else seed, minimum=0)
         checks.check_clip_norm(gradient_clip_norm)
+        checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         checks.check_list("callbacks", callbacks)
         checks.check_list("metrics", metrics)
         if val_loader is not None:
@@ -126,6 +135,7 @@ class Trainer:
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.gradient_clip_norm = gradient_clip_norm
         self.find_unused_params = find_unused_params
+        self.on_nonfinite = on_nonfinite
         self.precision = Precision(mixed_precision, self.device)
         self.state = TrainState(seed=secrets.randbits(32) if seed is None else int(seed))
         self.epochs = 0
@@ -135,15 +145,21 @@ class Trainer:
         self._train_batches = EpochLoader(train_loader, stream=0)
         self._val_batches = EpochLoader(() if val_loader is None else val_loader, stream=1)
         self._stepper = Stepper(
-            self.compute_loss, target_counter(loss_fn), optimizer, self.precision, gradient_clip_norm, self.state
-        )
-        self._metrics_known = metrics is not None
-        self._train_figures, self._val_figures = self._new_figures(metrics or [])
+            self.compute_loss, target_counter(loss_fn), optimizer, self.precision, gradient_clip_norm, self.state,
+            skips=on_nonfinite == "skip",
+        )  # fmt: skip
+        self._figures = RunFigures(metrics, loss_fn, self.device, finite_only=on_nonfinite == "skip")
         self._unseen = {True, False}  # whether training, for which no batch has been looked at
-        self._stop = self._loaded = False
+        self._entry: checkpoint.Entry | None = None  # where the next fit goes on
+        self._writer = checkpoint.Writer()
+        self._signals = Signals()
+        self._leavable = False  # whether a signal may end the validation that is under way
 
-    def fit(self, epochs: int, start_epoch: int = 0) -> dict[str, list[float]]:
+    def fit(self, epochs: int, start_epoch: int = 0, *, resume: str | Path | None = None) -> dict[str, list[float]]:
         """Run epochs ``start_epoch`` … ``epochs - 1``, validating after each.
+
+        SIGTERM, SIGUSR1 and Ctrl-C end the run after the optimizer step that is under way, or at once in a validation,
+        and the callbacks that save write a checkpoint from which ``resume`` goes on; a second one stops at once.
 
         Parameters
         ----------
@@ -151,6 +167,9 @@ class Trainer:
             The final count of epochs, not how many to add.
         start_epoch : int, default 0
             The first epoch's number. After `load`, training goes on where the checkpoint was.
+        resume : str or Path, optional
+            A checkpoint, or a link to one, to go on from. "auto" takes the newest valid one in the folder of the
+            `CheckpointCallback` and starts anew if there is none, so that one command line serves every start.
 
         Returns
         -------
@@ -163,39 +182,59 @@ class Trainer:
             If the loss becomes NaN or infinite.
         BatchError
             If a batch does not fit the model or the loss.
+        CheckpointError
+            If there is nothing valid to resume from, if that is of another run, or if a checkpoint can't be written.
+        Preempted
+            After SIGTERM or SIGUSR1; a `SystemExit` of code 143.
         """
-        first = checks.first_epoch(epochs, start_epoch, self.state.epoch if self._loaded else None)
-        self.epochs, self._stop, self._unseen = epochs, False, {True, False}
+        if resume is not None:
+            self._resume(resume)
+        inside = self._entry is not None and self.state.inside_epoch
+        first = checks.first_epoch(epochs, start_epoch, None if self._entry is None else self.state.epoch)
+        self.epochs, self._unseen = epochs, {True, False}
+        self.state.stopping &= inside  # between epochs, callbacks decide anew
         self._check_monitors()
         checks.check_passes("train_loader", self.train_loader, epochs - first)
         checks.check_passes("val_loader", self.val_loader, epochs - first)
-        checkpoint.check_memories(self.callbacks.with_memory)
-        self._stepper.begin(p for module in self._modules() for p in module.parameters())
-        with modes_restored(*self._modules()):
+        self._check_memories()
+        modules = nn.ModuleList(self._modules())
+        self._stepper.begin(modules.parameters(), modules.buffers())
+        with self._signals, modes_restored(*self._modules()):
             if not self.model.training:
                 self.model.train()
             modes = Modes(*self._modules())
             try:
                 for hook in self.callbacks.train_start:
                     hook(self)
+                if self._entry is not None:
+                    self._entry.random.restore()
                 for epoch in range(first, epochs):
-                    if self._stop:
+                    if self.state.stopping and not inside:
                         break
-                    self._loaded = False
                     modes.restore()  # whatever a callback did
-                    self._fit_epoch(epoch)
+                    self._fit_epoch(epoch, inside)
+                    inside = False
+                    self._signals.check()
+                self._writer.wait()
             except BaseException as error:
-                self.callbacks.end(self, error)
+                self._leave(error)
                 raise
+            self._writer.release()
             self.callbacks.end(self)
         return self.history
 
-    def _fit_epoch(self, epoch: int) -> None:
-        self.state.begin_epoch(epoch)
-        for hook in self.callbacks.epoch_start:
-            hook(self, epoch)
-        self._train_figures.reset()
-        batches = self._train_batches.epoch(self.state.seed, epoch)
+    def _fit_epoch(self, epoch: int, inside: bool) -> None:
+        entry, self._entry, self._leavable = self._entry, None, False
+        if not inside:
+            self.state.begin_epoch(epoch)
+            self._figures.train.reset()
+        with RandomState.capture().put_back() if inside else nullcontext():  # what they drew, they drew before
+            for hook in self.callbacks.epoch_start:
+                hook(self, epoch)
+        batches: Iterable[LoadedBatch] = ()
+        if not (self.state.validating or (inside and self.state.stopping)):
+            at = self.state.batch, self.state.digest, entry.loader if entry is not None else None
+            batches = self._train_batches.epoch(self.state.seed, epoch, *at)
         for loaded, opens, closes in windows(batches, self.gradient_accumulation_steps):
             index = self.state.batch
             for hook in self.callbacks.batch_start:
@@ -206,22 +245,26 @@ class Trainer:
             except Exception as error:
                 self._explain(error, loaded.batch, f"epoch {epoch}, batch {index}")
                 raise
+            self.state.digest = loaded.digest
             if closes:
-                self._stepper.step()
+                self._step()
             for hook in self.callbacks.batch_end:
                 hook(self, index, {"train_loss": result.loss})
             del result  # its outputs need not live through the next forward
-            if closes and self._stop:
-                break
-        logs = self._train_figures.compute()
-        bad = self._train_figures.loss.first_not_finite
-        if bad is not None:
-            raise NonFiniteError(
-                f"the loss of epoch {epoch} was not finite from batch {bad} on, which an accelerator tells at the "
-                "epoch's end. The weights went with it; no checkpoint was written since."
-            )
+            if closes:
+                self._writer.check()
+                self._signals.check()
+                if self.state.stopping:
+                    break
+        self.state.validating = True
+        logs = self._figures.train.compute()
+        self._check_finite(epoch)
         if self.val_loader is not None:
+            self._leavable = True
             logs |= self.validate()
+            self._leavable = False
+        if self.on_nonfinite == "skip":
+            logs["nonfinite_steps"] = float(self.state.nonfinite_steps)
         self.state.finish_epoch(logs)
         for hook in self.callbacks.epoch_end:
             hook(self, epoch, logs)
@@ -243,7 +286,7 @@ class Trainer:
         """
         if self.val_loader is None:
             raise ValueError("there is nothing to validate on: pass a val_loader to the Trainer")
-        self._val_figures.reset()
+        self._figures.val.reset()
         with RandomState.capture().put_back(), modes_restored(*self._modules()):
             for module in self._modules():
                 module.eval()
@@ -254,7 +297,9 @@ class Trainer:
                 except Exception as error:
                     self._explain(error, loaded.batch, f"validation batch {index}")
                     raise
-        return self._val_figures.compute()
+                if self._leavable:
+                    self._signals.check()
+        return self._figures.val.compute()
 
     def compute_loss(self, batch: Any) -> tuple[Tensor, Any, Any]:
         """Return loss, outputs and targets of one batch, in training and in validation.
@@ -278,13 +323,21 @@ class Trainer:
         outputs = self.model(inputs)
         return self.loss_fn(outputs, targets), outputs, targets
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, wait: bool = True, done: checkpoint.Done | None = None) -> Path:
         """Write a checkpoint of the whole run: whole or absent.
+
+        It holds the moment of the call, whatever the run does while it is written.
 
         Parameters
         ----------
         path : str or Path
             The folder to make; it must not exist.
+        wait : bool, default True
+            Return when it is on disk. With ``False`` return when everything is copied, to one buffer that ``fit``
+            keeps and that an earlier write has first to leave; an error of the writing is raised after the next
+            optimizer step, or at the end of ``fit``.
+        done : callable, optional
+            Called by the writing thread with None when the checkpoint is committed, or with the error.
 
         Returns
         -------
@@ -296,27 +349,38 @@ class Trainer:
         FileExistsError
             If there is something at ``path``.
         NonFiniteError
-            If a weight is not finite: such a model is not worth keeping, nor worth replacing another.
+            If a parameter is not finite: such a model is not worth keeping, nor worth replacing another.
+        CheckpointError
+            If it can't be written.
         TypeError
             If a callback's state is not plain data, naming where.
+        ValueError
+            Between the batches of one optimizer step, whose gradients no checkpoint holds.
         """
-        contents = checkpoint.gather(self._run())
-        checks.check_finite(contents.model)
-        checkpoint.write(Path(path), contents)
+        if self.state.open_batches:
+            raise ValueError(
+                f"{self.state.open_batches} batches have gone into gradients that no optimizer step has used yet, and "
+                "a checkpoint does not hold gradients: save where trainer.state.open_batches is 0"
+            )
+        writer = checkpoint.Writer() if wait else self._writer
+        writer.save(Path(path), checkpoint.gather(self._run()), done)
+        if wait:
+            writer.wait()
         return Path(path)
+
+    def prepare_save(self) -> None:
+        """Have the memory ready that ``save(…, wait=False)`` needs, so that none of them has to wait for it."""
+        self._writer.reserve(checkpoint.gather(self._run()))
 
     def load(self, path: str | Path) -> None:
         """Take over a checkpoint, or the one that a link (``best``, ``last``) leads to; the next ``fit`` goes on there.
-
-        A checkpoint from inside an epoch starts that epoch anew.
 
         Raises
         ------
         CheckpointError
             If it is damaged or of another run, naming the difference; model and optimizer are as they were then.
         """
-        checkpoint.restore(checkpoint.read(path), self._run())
-        self._loaded = True
+        self._take_over(checkpoint.read(path))
 
     def load_weights(self, path: str | Path) -> None:
         """Take over the model's weights from a checkpoint and nothing else.
@@ -330,7 +394,7 @@ class Trainer:
 
     def stop(self) -> None:
         """Ask ``fit`` to end: after the running optimizer step, the epoch is closed with what it has, then no other."""
-        self._stop = True
+        self.state.stopping = True
 
     @property
     def history(self) -> dict[str, list[float]]:
@@ -352,7 +416,7 @@ class Trainer:
 
     def higher_is_better(self, name: str) -> bool | None:
         """Tell whether more is better for a figure of the logs; None if no metric says so."""
-        return self._val_figures.metrics.higher_is_better(name.removeprefix("train_").removeprefix("val_"))
+        return self._figures.higher_is_better(name)
 
     def _observe(self, result: BatchResult, training: bool) -> None:
         if training in self._unseen:
@@ -360,24 +424,92 @@ class Trainer:
             checks.check_loss(result.loss)
             if self._standard_step:
                 check_targets(result.outputs, result.targets, self.loss_fn)
-            if not self._metrics_known:
-                self._metrics_known = True
-                metrics: list[Any] = []
-                if not compares_numbers(self.loss_fn):
-                    ignore_index = loss_setting(self.loss_fn, "ignore_index")
-                    metrics = default_metrics(result.outputs, result.targets, ignore_index)
-                self._train_figures, self._val_figures = self._new_figures(metrics)
+            if not self._figures.known:
+                self._figures.settle(result)
                 self._check_monitors()
-        (self._train_figures if training else self._val_figures).update(result)
-
-    def _new_figures(self, metrics: Sequence[Metric] | Mapping[str, Metric]) -> tuple[Figures, Figures]:
-        """Training and validation have metrics of their own, so that one may run inside the other."""
-        train, val = (MetricCollection(metrics).to(self.device) for _ in range(2))
-        return Figures("train_", train), Figures("val_", val)
+        (self._figures.train if training else self._figures.val).update(result)
 
     def _check_monitors(self) -> None:
-        names = self._train_figures.names() + (self._val_figures.names() if self.val_loader is not None else [])
-        self.callbacks.check_monitors(names, self.val_loader is not None, self._metrics_known)
+        validates = self.val_loader is not None
+        self.callbacks.check_monitors(self._figures.names(validates), validates, self._figures.known)
+
+    def _check_memories(self) -> None:
+        """Raise for a memory that no checkpoint could hold."""
+        memories = {f"{type(c).__name__}.state_dict()": c.state_dict() for c in self.callbacks.with_memory}
+        if self.callbacks.savers:
+            memories["the state of the metrics"] = self._figures.state_dict()
+        checkpoint.check_memories(memories)
+
+    def _step(self) -> None:
+        self.state.validating = self.state.open_batches < self.gradient_accumulation_steps  # only the end cuts short
+        try:
+            self._stepper.step()
+        except NonFiniteError as error:
+            self._name_samples(error)
+            raise
+
+    def _check_finite(self, epoch: int) -> None:
+        bad = self._figures.train.loss.first_not_finite
+        if bad is not None and self.on_nonfinite == "raise":
+            error = NonFiniteError(
+                f"the loss of epoch {epoch} was not finite from batch {bad} on, which an accelerator tells at the "
+                "epoch's end. The weights went with it; no checkpoint was written since."
+            )
+            error.batches = range(bad, bad + 1)
+            self._name_samples(error)
+            raise error
+
+    def _name_samples(self, error: NonFiniteError) -> None:
+        """Add to an error what the sampler gave for the batches that it names."""
+        if error.batches:
+            samples = self._train_batches.indices(self.state.seed, self.state.epoch, error.batches)
+            listed = "; ".join(f"batch {number}: {indices!r:.200}" for number, indices in samples.items())
+            error.args = (f"{error} Samples of that step, by their indices: {listed or 'not known of this loader'}.",)
+
+    def _resume(self, source: str | Path) -> None:
+        if source != "auto":
+            self.load(source)
+            return
+        folders = [c.path for c in self.callbacks.callbacks if isinstance(c, CheckpointCallback)]
+        if not folders:
+            raise ValueError('resume="auto" looks in the folder of a CheckpointCallback, and there is none: pass one')
+        found = [newest for newest in map(checkpoint.newest, folders) if newest is not None]
+        if found:
+            path, contents = max(found, key=lambda each: each[1].info["position"]["optimizer_steps"])
+            try:
+                self._take_over(contents)
+            except CheckpointError as error:
+                error.add_note(f"The checkpoint is {path}.")
+                raise
+
+    def _take_over(self, contents: checkpoint.Contents) -> None:
+        try:
+            figures = self._figures.after(contents.training["figures"])
+        except ValueError as error:
+            raise CheckpointError(
+                f"the checkpoint was left inside an epoch with other metrics ({error}): pass the same, or go on from "
+                "one at an epoch's end"
+            ) from error
+        self._entry = checkpoint.restore(contents, self._run())
+        self._figures = figures
+
+    def _leave(self, error: BaseException) -> None:
+        """Close a run that an error ends, or a signal, after which the run is saved first."""
+        signalled = error is self._signals.leaving
+        failure = None
+        try:
+            for callback in self.callbacks.savers if signalled else ():
+                callback.save(self)
+            self._writer.wait()
+        except Exception as raised:
+            failure = raised
+        self._writer.release()
+        self.callbacks.end(self, failure if signalled and failure else error)
+        if failure is not None and signalled:
+            raise failure from error
+        if failure is not None:
+            error.add_note(f"Then a checkpoint could not be written: {failure}")
+        self._signals.hand_on()
 
     def _explain(self, error: Exception, batch: Any, place: str) -> None:
         """Raise a batch's error with its cause if it shows, else note where it happened."""
@@ -397,5 +529,21 @@ class Trainer:
         return [m for m in (self.model, self.loss_fn) if isinstance(m, nn.Module)]
 
     def _run(self) -> checkpoint.Run:
-        memories = self.callbacks.with_memory
-        return checkpoint.Run(self.model, self.loss_fn, self.optimizer, self.precision, memories, self.state)
+        inside = self.state.inside_epoch
+        return checkpoint.Run(
+            self.model,
+            self.loss_fn,
+            self.optimizer,
+            self.precision,
+            self.callbacks.with_memory,
+            self.state,
+            settings={
+                "gradient_accumulation_steps": self.gradient_accumulation_steps,
+                "gradient_clip_norm": self.gradient_clip_norm,
+                "mixed_precision": self.precision.name,
+                "train_loader": self._train_batches.describe(),
+                "val_loader": self._val_batches.describe(),
+            },
+            figures=self._figures.state_dict() if inside else None,
+            loader=self._train_batches.state_dict() if inside else None,
+        )

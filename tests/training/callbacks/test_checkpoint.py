@@ -155,7 +155,7 @@ def test_a_save_that_fails_leaves_best_what_it_was(scripted, tmp_path, monkeypat
     trainer = scripted([3.0, 1.0, 2.0], [callback])
     trainer.fit(1)
     save = trainer.save
-    monkeypatch.setattr(trainer, "save", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(trainer, "save", lambda path, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         trainer.fit(2, start_epoch=1)
     assert callback.best == 3.0

@@ -30,7 +30,7 @@ class Callback:
     log_names : tuple of str
         Figures that the callback adds to the logs in ``on_epoch_end``, so that others may monitor them.
     saves_state : bool
-        Whether the callback saves what other callbacks know.
+        Whether the callback saves what other callbacks know. Its ``save`` is called when a signal ends the run.
     """
 
     monitor: str | None = None
@@ -38,13 +38,13 @@ class Callback:
     saves_state: ClassVar[bool] = False
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Do something before the first epoch; what is wrong should be raised here."""
+        """Do something before the first epoch; what is wrong should be raised here. Memories are restored by then."""
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Do something at the end of ``fit``. Called, too, when an error or Ctrl-C ends it."""
 
     def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
-        """Do something before an epoch."""
+        """Do something before an epoch, and before the rest of one that a resumed run enters (``state.batch``)."""
 
     def on_epoch_end(self, trainer: Trainer, epoch: int, logs: dict[str, float]) -> None:
         """Do something after an epoch and its validation; ``logs`` has the figures of both, and may be added to."""
@@ -58,6 +58,9 @@ class Callback:
         ``logs`` holds 0-dimensional tensors on the device: ``train_loss`` of this batch. Reading one as a number makes
         an accelerator wait for it.
         """
+
+    def save(self, trainer: Trainer) -> None:
+        """Save the run as it is now; asked of callbacks with ``saves_state`` when a signal ends the run."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the callback has to remember."""
@@ -96,6 +99,11 @@ class CallbackList:
     def with_memory(self) -> list[Callback]:
         """The callbacks that a checkpoint holds."""
         return [c for c in self.callbacks if type(c).state_dict is not Callback.state_dict]
+
+    @property
+    def savers(self) -> list[Callback]:
+        """The callbacks that save what others know."""
+        return [c for c in self.callbacks if c.saves_state]
 
     def check_monitors(self, names: list[str], validates: bool, complete: bool) -> None:
         """Raise for a monitored figure that the epoch's logs won't have.

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import Tensor
+
 from ununennium.training.callbacks.base import Callback
 from ununennium.training.callbacks.monitor import Mode, check_mode, is_better, resolve_mode
-from ununennium.training.checkpoint import new_name, point, remove
+from ununennium.training.checkpoint import Folder
 
 if TYPE_CHECKING:
     from ununennium.training.trainer import Trainer
 
 
 class CheckpointCallback(Callback):
-    """Save checkpoints at the end of epochs; ``best`` and ``last`` in the folder lead to two of them.
+    """Save checkpoints; ``best`` and ``last`` in the folder lead to two of them.
+
+    Each holds the whole run, and ``Trainer.fit(…, resume="auto")`` goes on from the newest. They are written by a
+    thread, from a copy, while training goes on. A signal that ends the run (SIGTERM, Ctrl-C) has one written first.
 
     Parameters
     ----------
     path : str or Path
-        The folder. Each checkpoint is a folder in it, ``step-…``; ``best`` and ``last`` are relative links.
+        The folder. Each checkpoint is a folder in it, ``step-…``; ``best`` and ``last`` are relative links. One run
+        at a time may write to it.
     monitor : str, default "val_loss"
         The figure in the epoch's logs that decides which is best. NaN never is.
     mode : {"auto", "min", "max"}, default "auto"
@@ -28,12 +35,24 @@ class CheckpointCallback(Callback):
     save_best_only : bool, default True
         Keep the best (and the last) only. With ``False`` every epoch's checkpoint is kept.
     save_last : bool, default True
-        Save every epoch and let ``last`` lead to the newest. With ``False`` only improvements are saved.
+        Save every epoch and let ``last`` lead to the newest. With ``False`` epochs are saved only when they are among
+        the best.
+    every_n_steps : int, optional
+        Save, as ``last``, also inside epochs: after every so many optimizer steps of the run.
+    every_n_seconds : float, optional
+        The same, after the first optimizer step for which the last save is so long ago.
+    keep_last, keep_best : int, default 1
+        How many of the newest, and of the best, to keep.
 
     Attributes
     ----------
     best : float or None
         The best value so far.
+
+    Raises
+    ------
+    ValueError
+        For a mode that there is not, or a number that is not above 0.
     """
 
     monitor: str
@@ -46,18 +65,42 @@ class CheckpointCallback(Callback):
         mode: Mode = "auto",
         save_best_only: bool = True,
         save_last: bool = True,
+        *,
+        every_n_steps: int | None = None,
+        every_n_seconds: float | None = None,
+        keep_last: int = 1,
+        keep_best: int = 1,
     ) -> None:
         check_mode(mode)
+        numbers = {"every_n_steps": every_n_steps, "keep_last": keep_last, "keep_best": keep_best}
+        for name, number in numbers.items():
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+        if every_n_seconds is not None and not every_n_seconds > 0:
+            raise ValueError(f"every_n_seconds must be above 0, got {every_n_seconds!r}")
         self.path = Path(path)
         self.monitor = monitor
         self.mode = mode
         self.save_best_only = save_best_only
         self.save_last = save_last
-        self.best: float | None = None
-        self._kept: dict[str, str] = {}  # pointer -> checkpoint, of this run: what was there before is not touched
+        self.every_n_steps = every_n_steps
+        self.every_n_seconds = every_n_seconds
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self._folder = Folder(self.path)
+        self._bests: list[tuple[float, str]] = []  # values and checkpoints, the best first
+        self._prepared = False
+        self._step = 0
+        self._at: tuple[Any, ...] | None = None  # where the run was when it was last saved, and when
+        self._seconds = 0.0
+
+    @property
+    def best(self) -> float | None:
+        """The best value so far."""
+        return self._bests[0][0] if self._bests else None
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Make the folder and see that it can be written to, before hours are spent."""
+        """Open the folder, and see that it can be written to, before hours are spent."""
         others = (c for c in trainer.callbacks.callbacks if isinstance(c, CheckpointCallback) and c is not self)
         for other in others:
             if other.path.resolve() == self.path.resolve():
@@ -65,51 +108,75 @@ class CheckpointCallback(Callback):
                     f"two CheckpointCallbacks (of {self.monitor!r} and {other.monitor!r}) write to {self.path}, and "
                     "would move each other's best and last: give each a folder of its own"
                 )
-        for pointer in ("best", "last"):
-            if (self.path / pointer).exists() and not (self.path / pointer).is_symlink():
-                raise FileExistsError(
-                    f"{self.path / pointer} is no link that leads to a checkpoint, so it can't be moved: "
-                    "choose another folder"
-                )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"checkpoints can't be written to this folder ({error.strerror}); choose another",
-                str(self.path),
-            ) from error
+        self._folder.open()
+        self._prepared, self._at = False, None
+        self._step, self._seconds = trainer.state.optimizer_steps, time.monotonic()
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Leave the folder to others."""
+        self._folder.close()
+
+    def on_batch_end(self, trainer: Trainer, batch_idx: int, logs: Mapping[str, Tensor]) -> None:
+        """Save if it is time to, between two optimizer steps."""
+        if trainer.state.open_batches:
+            return
+        if not self._prepared:  # the optimizer has its state by now
+            self._prepared = True
+            trainer.prepare_save()
+        if self._is_due(trainer.state.optimizer_steps):
+            self.save(trainer)
 
     def on_epoch_end(self, trainer: Trainer, epoch: int, logs: dict[str, float]) -> None:
         """Save, move the pointers, and delete what they left."""
+        mode = resolve_mode(self.mode, self.monitor, trainer)
         value = logs[self.monitor]
-        better = is_better(value, self.best, resolve_mode(self.mode, self.monitor, trainer))
-        if not (better or self.save_last or not self.save_best_only):
-            return
-        name = new_name(trainer.state.optimizer_steps)
-        moved = ["best"] * better + ["last"] * self.save_last
-        before = self.best, self._kept
-        left = {self._kept[pointer] for pointer in moved if pointer in self._kept}
-        self.best = value if better else self.best  # before saving, since it is saved, too
-        self._kept = self._kept | dict.fromkeys(moved, name)
+        rank = sum(not is_better(value, better, mode) for better, _ in self._bests)
+        among_best = rank < self.keep_best and is_better(value, None, mode)
+        if among_best or self.save_last or not self.save_best_only:
+            pointers = ["best"] * (among_best and rank == 0) + ["last"] * self.save_last
+            self._save(trainer, pointers, (rank, value) if among_best else None)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save the run as it is now, as ``last``, unless that was done."""
+        if self._at != _position(trainer):
+            self._save(trainer, ["last"])
+
+    def _is_due(self, optimizer_steps: int) -> bool:
+        stepped, self._step = optimizer_steps != self._step, optimizer_steps
+        if self.every_n_steps is not None and stepped and optimizer_steps % self.every_n_steps == 0:
+            return True
+        return self.every_n_seconds is not None and time.monotonic() - self._seconds >= self.every_n_seconds
+
+    def _save(self, trainer: Trainer, pointers: list[str], ranked: tuple[int, float] | None = None) -> None:
+        name = self._folder.new_name(trainer.state.optimizer_steps)
+        before = self._bests
+        if ranked is not None:  # before saving, since it is saved, too
+            rank, value = ranked
+            self._bests = [*before[:rank], (value, name), *before[rank:]][: self.keep_best]
+        keep = {name for _, name in self._bests}
+
+        def done(error: BaseException | None) -> None:
+            if error is None:
+                self._folder.settle(name, pointers, keep, self.keep_last, epochs=not self.save_best_only)
+            else:
+                self._bests, self._at = before, None
+
         try:
-            trainer.save(self.path / name)
-        except BaseException:
-            self.best, self._kept = before
+            trainer.save(self.path / name, wait=False, done=done)
+        except BaseException as error:
+            done(error)
             raise
-        for pointer in moved:
-            point(self.path, pointer, name)
-        if self.save_best_only:
-            for old in left - set(self._kept.values()):
-                if (self.path / old).is_dir():
-                    remove(self.path / old)
+        self._at, self._seconds = _position(trainer), time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value, and which checkpoints the pointers lead to."""
-        return {"best": self.best, "kept": dict(self._kept)}
+        """Return the best values, and which checkpoints have them."""
+        return {"bests": list(self._bests)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
-        self.best, self._kept = state["best"], dict(state["kept"])
+        self._bests = [(value, name) for value, name in state["bests"]]
+
+
+def _position(trainer: Trainer) -> tuple[Any, ...]:
+    state = trainer.state
+    return state.epoch, state.batch, state.validating, state.optimizer_steps

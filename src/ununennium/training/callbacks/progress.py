@@ -31,8 +31,16 @@ class ProgressCallback(Callback):
         self._started = 0.0
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Forget the table of an earlier run."""
+        """Forget the table of an earlier run; say which seed this one has, and where it goes on."""
         self._columns = []
+        state = trainer.state
+        if state.optimizer_steps:
+            where = f", batch {state.batch}" if state.batch else ""
+            self._print(
+                f"seed {state.seed}, at optimizer step {state.optimizer_steps} (epoch {state.epoch + 1}{where})"
+            )
+        else:
+            self._print(f"seed {state.seed}")
 
     def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
         """Open a bar."""
@@ -41,6 +49,7 @@ class ProgressCallback(Callback):
         self._started = time.perf_counter()
         self._bar = tqdm(
             total=trainer.num_batches,
+            initial=trainer.state.batch,
             desc=f"epoch {epoch + 1}/{trainer.epochs}",
             unit="batch",
             leave=False,

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, how they are committed, and how they are verified."""
+"""The files of a checkpoint: how they are committed, and how they are verified."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import os
 import platform
 import secrets
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ import torch
 from torch import Tensor
 
 from ununennium import __version__
-from ununennium.training.checkpoint.plain import pack, unpack
-from ununennium.training.errors import CheckpointError
+from ununennium.training.checkpoint.plain import unpack
+from ununennium.training.errors import CheckpointError, DamagedCheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MODEL, TENSORS, TREE, MANIFEST = "model.safetensors", "training.safetensors", "training.json", "manifest.json"
+ASIDE = ".tmp-"  # what begins with it is being made or taken away, and of no use to anybody after a crash
+
+_OWN_KEYS = ("format", "versions", "files", "sha256")
+_CHUNK = 1 << 22
 
 
 @dataclass
@@ -32,64 +37,60 @@ class Contents:
     training : dict
         Plain data with tensors: everything else.
     info : dict
-        What the manifest says for people: position and figures.
+        What the manifest says without the rest being read: run, position and figures.
+    parameters : frozenset of str
+        Which names of the model are parameters, and not buffers; empty in what was read.
     """
 
     model: dict[str, Tensor]
     training: dict[str, Any]
     info: dict[str, Any]
+    parameters: frozenset[str] = frozenset()
 
 
-def new_name(optimizer_steps: int) -> str:
-    """Return a name for a checkpoint of this optimizer step, which sorts by it and was never used before."""
-    return f"step-{optimizer_steps:08d}-{secrets.token_hex(4)}"
+def commit(path: Path, files: Mapping[str, Iterable[Any]], info: dict[str, Any]) -> None:
+    """Make a checkpoint of files: written aside, flushed to disk, and put in place by one rename.
 
-
-def write(path: Path, contents: Contents) -> None:
-    """Write a checkpoint: aside, flushed to disk, and committed by one rename.
+    Parameters
+    ----------
+    path : Path
+        The folder to make.
+    files : mapping of str to iterable of bytes-like
+        The parts of each file by its name.
+    info : dict
+        Plain JSON for the manifest.
 
     Raises
     ------
     FileExistsError
         If there is something at ``path`` already.
-    TypeError
-        If the training state holds what the format does not, naming where.
+    OSError
+        If a file can't be written; nothing is left behind then.
     """
-    from safetensors.torch import save_file  # imported where it is used: `import ununennium.training` stays quick
-
     if path.exists():
         raise FileExistsError(f"{path} exists already; a checkpoint's name is never reused")
-    tensors: dict[str, Tensor] = {}
-    tree = pack(contents.training, tensors, "training")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.{secrets.token_hex(4)}"
-    aside.mkdir()
+    os.makedirs(path.parent, exist_ok=True)
+    aside = path.parent / f"{ASIDE}{path.name}-{secrets.token_hex(4)}"
+    os.mkdir(aside)
     try:
-        save_file(_separate(contents.model), aside / MODEL)
-        save_file(_separate(tensors), aside / TENSORS)
-        (aside / TREE).write_text(json.dumps(tree), encoding="utf-8")
-        for name in (MODEL, TENSORS):  # safetensors makes files that only their owner can read
-            (aside / name).chmod((aside / TREE).stat().st_mode)
         manifest = {
             "format": FORMAT,
-            **pack(contents.info, {}, "info"),
+            **info,
             "versions": {
                 "ununennium": __version__,
                 "torch": str(torch.__version__),
                 "python": platform.python_version(),
             },
-            "files": {name: _describe(aside / name) for name in (MODEL, TENSORS, TREE)},
+            "files": {name: _write(aside / name, parts) for name, parts in files.items()},
         }
         manifest["sha256"] = _digest_of(manifest)
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for name in (MODEL, TENSORS, TREE, MANIFEST):
-            _flush(aside / name)
-        _flush(aside)
-        aside.rename(path)
+        _write(aside / MANIFEST, [_text_of(manifest)])
+        flush(aside)
+        os.rename(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def read(path: str | Path) -> Contents:
@@ -97,15 +98,15 @@ def read(path: str | Path) -> Contents:
 
     Raises
     ------
-    CheckpointError
+    DamagedCheckpointError
         If there is none, or it is damaged, naming the file.
+    CheckpointError
+        If it was written by a newer version.
     """
-    from safetensors.torch import load
+    from safetensors.torch import load  # imported where it is used: `import ununennium.training` stays quick
 
     folder = Path(path).resolve()
-    if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"there is no checkpoint at {path}: a checkpoint is a folder with a {MANIFEST}")
-    manifest = _manifest(folder)
+    manifest = manifest_of(folder)
     if manifest["format"] > FORMAT:
         raise CheckpointError(
             f"{folder} has format version {manifest['format']}, this ununennium ({__version__}) reads up to {FORMAT}: "
@@ -116,68 +117,88 @@ def read(path: str | Path) -> Contents:
         try:
             data = (folder / name).read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{folder / name} can't be read: {error}") from error
+            raise DamagedCheckpointError(f"{folder / name} can't be read: {error}") from error
         if len(data) != expected["size"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            raise CheckpointError(f"{folder / name} is damaged: size or SHA-256 differ from the manifest's")
+            raise DamagedCheckpointError(f"{folder / name} is damaged: size or SHA-256 differ from the manifest's")
         files[name] = data
-    info = {k: v for k, v in manifest.items() if k not in ("format", "versions", "files", "sha256")}
-    training = unpack(json.loads(files[TREE]), load(files[TENSORS]))
-    return Contents(load(files[MODEL]), training, unpack(info, {}))
-
-
-def point(directory: Path, pointer: str, name: str) -> None:
-    """Let ``directory/pointer`` lead to the checkpoint ``name``, in one step: there is never no pointer."""
-    link = directory / f".{pointer}.{secrets.token_hex(4)}"
-    link.symlink_to(name, target_is_directory=True)
-    os.replace(link, directory / pointer)
-    _flush(directory)
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint; it stops being one before its first file goes."""
-    aside = path.parent / f".{path.name}.{secrets.token_hex(4)}"
-    path.rename(aside)
-    shutil.rmtree(aside)
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
+    info = {k: v for k, v in manifest.items() if k not in _OWN_KEYS}
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+        training = unpack(json.loads(files[TREE]), load(files[TENSORS]))
+        contents = Contents(load(files[MODEL]), training, unpack(info, {}))
+    except Exception as error:  # its digests are right, and yet nobody can have written it with this package
+        raise DamagedCheckpointError(f"{folder} can't be understood: {type(error).__name__}: {error}") from error
+    return _from_1(contents) if manifest["format"] == 1 else contents
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest alone, and verify it against its own digest.
+
+    Raises
+    ------
+    DamagedCheckpointError
+        If there is none, or it is damaged.
+    """
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise DamagedCheckpointError(
+            f"there is no checkpoint at {folder}: a checkpoint is a folder with a {MANIFEST} ({error.strerror})"
+        ) from error
+    try:
+        manifest: dict[str, Any] = json.loads(raw)
+        sound = raw == _text_of(manifest)  # one way to write it down: not a space is free
         digest = manifest.pop("sha256")
-        sound = digest == _digest_of(manifest) and {"format", "files"} <= manifest.keys()
-    except (ValueError, KeyError, AttributeError, TypeError):
+        sound = sound and digest == _digest_of(manifest) and {"format", "files"} <= manifest.keys()
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         sound = False
     if not sound:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged")
+        raise DamagedCheckpointError(f"{folder / MANIFEST} is damaged")
     return manifest
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what a folder lists."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, parts: Iterable[Any]) -> dict[str, Any]:
+    """Write a new file, flush it, and return its size and digest."""
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        for part in parts:
+            view = memoryview(part).cast("B")
+            for start in range(0, len(view), _CHUNK):
+                chunk = view[start : start + _CHUNK]
+                digest.update(chunk)
+                size += len(chunk)
+                while chunk:  # a full disk first writes less than it was given, and raises only then
+                    chunk = chunk[os.write(descriptor, chunk) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _text_of(manifest: dict[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1).encode()
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give each tensor contiguous memory of its own on the host: safetensors holds no tied or strided ones."""
-    separate: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for name, tensor in tensors.items():
-        host = tensor.detach().cpu().contiguous()
-        storage = host.untyped_storage()
-        if storage.data_ptr() in taken or storage.nbytes() != host.numel() * host.element_size():
-            host = host.clone()
-        taken.add(host.untyped_storage().data_ptr())
-        separate[name] = host
-    return separate
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _from_1(contents: Contents) -> Contents:
+    """Bring a checkpoint of format 1 to today's: those from inside an epoch start it anew."""
+    training = contents.training
+    training["state"] |= {"batch": 0}
+    training |= {"settings": {}, "figures": None, "loader": None}
+    for _, memory in training["callbacks"]:
+        if "kept" in memory:  # CheckpointCallback
+            best = memory["kept"].get("best")
+            memory["bests"] = [] if best is None else [(memory["best"], best)]
+    return contents

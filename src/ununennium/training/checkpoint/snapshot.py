@@ -1,6 +1,6 @@
 """What a checkpoint holds of a run, gathered and put back under names that do not depend on wrappers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,8 +24,23 @@ class Stateful(Protocol):
         """Take over what ``state_dict`` gave."""
 
 
+class Entry(NamedTuple):
+    """Where a restored run goes on: what is put in place at the last moment before it does."""
+
+    random: RandomState
+    loader: dict[str, Any] | None
+
+
 class Run(NamedTuple):
-    """The parts of a run that a checkpoint holds."""
+    """The parts of a run that a checkpoint holds.
+
+    Attributes
+    ----------
+    settings : dict
+        What a run that goes on must have in common with the one that was left.
+    figures, loader : dict or None
+        Sums and position inside an epoch; None between epochs, and for loaders that are entered by counting.
+    """
 
     model: nn.Module
     loss_fn: Any
@@ -33,47 +48,56 @@ class Run(NamedTuple):
     precision: Precision
     callbacks: Sequence[Stateful]
     state: TrainState
+    settings: dict[str, Any]
+    figures: dict[str, Any] | None = None
+    loader: dict[str, Any] | None = None
 
 
 def gather(run: Run) -> Contents:
     """Collect everything that the next step depends on. Tensors are the live ones, not copies."""
-    model, loss_fn, optimizer, precision, callbacks, state = run
-    weights, extra = model_state(model)
+    weights, extra = model_state(run.model)
     random = RandomState.capture()
+    loss_fn, state = run.loss_fn, run.state
     training = {
         "state": state.state_dict(),
-        "optimizer": _optimizer_state(optimizer, _names(model, loss_fn)),
-        "precision": precision.state_dict(),
-        "callbacks": [[_class_name(c), c.state_dict()] for c in callbacks],
+        "settings": run.settings,
+        "figures": run.figures,
+        "loader": run.loader,
+        "optimizer": _optimizer_state(run.optimizer, _names(run.model, loss_fn)),
+        "precision": run.precision.state_dict(),
+        "callbacks": [[_class_name(c), c.state_dict()] for c in run.callbacks],
         "random": [random.python, random.numpy, random.torch, random.devices],
         "loss": dict(loss_fn.state_dict()) if isinstance(loss_fn, nn.Module) else {},
         "extra": extra,
     }
     figures = state.records[-1][1] if state.records else {}
     position = {"epoch": state.epoch, "batch": state.batch, "optimizer_steps": state.optimizer_steps}
-    return Contents(weights, training, {"position": position, "figures": figures})
+    info = {"run": state.run, "position": position, "figures": figures}
+    parameters = frozenset(canonical(name) for name, _ in unwrapped(run.model).named_parameters(remove_duplicate=False))
+    return Contents(weights, training, info, parameters)
 
 
-def check_memories(callbacks: Sequence[Stateful]) -> None:
-    """Raise if what a callback would have a checkpoint hold is no plain data, naming where."""
-    for callback in callbacks:
-        pack(callback.state_dict(), {}, f"{type(callback).__name__}.state_dict()")
+def check_memories(memories: Mapping[str, dict[str, Any]]) -> None:
+    """Raise if what a checkpoint would have to hold is no plain data, naming where."""
+    for name, memory in memories.items():
+        pack(memory, {}, name)
 
 
-def restore(contents: Contents, run: Run) -> None:
-    """Put everything back where `gather` took it from.
+def restore(contents: Contents, run: Run) -> Entry:
+    """Put everything back where `gather` took it from; what waits for the last moment is returned.
 
     Raises
     ------
     CheckpointError
-        If model, loss, optimizer or callbacks are not the checkpoint's, naming the difference; model and optimizer are
-        as they were then.
+        If settings, model, loss, optimizer or callbacks are not the checkpoint's, naming the difference; model and
+        optimizer are as they were then.
     """
-    model, loss_fn, optimizer, precision, callbacks, state = run
+    model, loss_fn, optimizer = run.model, run.loss_fn, run.optimizer
     training = contents.training
+    _compare(training["settings"], run.settings)
     weights = matched_weights(contents, model)
     groups = _optimizer_groups(training["optimizer"], optimizer, _names(model, loss_fn))
-    there, here = [name for name, _ in training["callbacks"]], [_class_name(c) for c in callbacks]
+    there, here = [name for name, _ in training["callbacks"]], [_class_name(c) for c in run.callbacks]
     if there != here:
         raise CheckpointError(
             f"the checkpoint's callbacks with a memory are {there}, the Trainer's {here}: pass the same ones in the "
@@ -85,15 +109,25 @@ def restore(contents: Contents, run: Run) -> None:
             f"the checkpoint's loss holds {_some(training['loss'])} and the Trainer's {_some(own_loss)}, or in other "
             "shapes: pass the same loss, or take the weights alone with Trainer.load_weights"
         )
-    for callback, (_, callback_state) in zip(callbacks, training["callbacks"], strict=True):
+    for callback, (_, callback_state) in zip(run.callbacks, training["callbacks"], strict=True):
         callback.load_state_dict(callback_state)  # first, since it may raise
     model.load_state_dict(weights)
     if own_loss:
         loss_fn.load_state_dict(training["loss"])
-    optimizer.load_state_dict(groups)
-    precision.load_state_dict(training["precision"])
-    state.load_state_dict(training["state"])
-    RandomState(*training["random"]).restore()
+    _load_optimizer(optimizer, groups)
+    run.precision.load_state_dict(training["precision"])
+    run.state.load_state_dict(training["state"])
+    return Entry(RandomState(*training["random"]), training["loader"])
+
+
+def _compare(there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise for the first setting in which a run differs from the one that was left."""
+    for name, value in here.items():
+        if name in there and there[name] != value:
+            raise CheckpointError(
+                f"the checkpoint's run had {name}={there[name]!r}, this one has {value!r}, so that it can't go "
+                "on as if it had not been left: pass the same, or take the weights alone with Trainer.load_weights"
+            )
 
 
 def model_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -155,7 +189,7 @@ def _names(model: nn.Module, loss_fn: Any) -> dict[int, str]:
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:
     """Key the optimizer's state by parameter name instead of by position."""
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    order = [names[id(p)] for p in _parameters(optimizer)]
     saved = optimizer.state_dict()
     return {
         "class": _class_name(optimizer),
@@ -179,13 +213,27 @@ def _optimizer_groups(saved: dict[str, Any], optimizer: torch.optim.Optimizer, n
             f"the optimizer's parameter groups are not the checkpoint's: only there {_some(there - here)}, only here "
             f"{_some(here - there)}, {len(saved['groups'])} groups there and {len(own)} here"
         )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _parameters(optimizer)
     index = {name: i for i, name in enumerate(name for group in own for name in group)}
     state = {index[name]: value for name, value in saved["state"].items()}
     return {
         "param_groups": [{**group, "params": [index[n] for n in group["params"]]} for group in saved["groups"]],
         "state": {i: {k: _like(parameters[i], v) for k, v in value.items()} for i, value in state.items()},
     }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state; in its own types, though PyTorch turns it into the parameter's."""
+    optimizer.load_state_dict(state)
+    for index, parameter in enumerate(_parameters(optimizer)):
+        own = optimizer.state.get(parameter, {})
+        for name, value in state["state"].get(index, {}).items():
+            if isinstance(value, Tensor) and isinstance(own.get(name), Tensor) and own[name].dtype != value.dtype:
+                own[name] = value.to(own[name].device)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _like(parameter: Tensor, value: Any) -> Any:
