@@ -117,7 +117,7 @@ def test_the_first_example(loaders, tmp_path, monkeypatch, capsys):
     assert Path("checkpoints/last/model.safetensors").is_file()
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 4  # the seed, the columns, two epochs
-    assert "val_iou" in table[0]
+    assert "val_iou" in table[1]
 
 
 def test_the_callback_example(loaders, capsys):

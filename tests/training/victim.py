@@ -1,13 +1,16 @@
 """A run that is made to be killed: everything random that there is, and all that remembers.
 
-As a script it trains into a folder, going on from what it finds there, and prints the digest of how it ended.
+As a script it trains into a folder, going on from what it finds there, and prints the digest of how it ended. SECONDS
+in the environment makes its batches last longer.
 """
 
 import hashlib
 import json
 import os
 import random
+import subprocess
 import sys
+import time
 
 import numpy as np
 import torch
@@ -100,6 +103,7 @@ class Victim(Trainer):
         if self.model.training:
             log = next(c for c in self.callbacks.callbacks if isinstance(c, Log))
             log.samples = [*log.samples, *batch["index"].tolist()]
+        time.sleep(float(os.environ.get("SECONDS", 0)))
         return super().compute_loss(batch)
 
 
@@ -169,11 +173,24 @@ def digest(trainer):
     return hashed.hexdigest()
 
 
+def start_victim(folder, workers, **environment):
+    """Start this file as a process, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, __file__, str(folder), str(workers)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        start_new_session=True,
+    )
+
+
 def main():
-    """Train into a folder, with so many workers; print the start, and the digest of the end."""
+    """Train into a folder, with so many workers; print when it starts, and the digest of the end."""
     folder, workers = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
-    trainer = build(folder, workers, seed=None if len(sys.argv) < 4 else int(sys.argv[3]))
+    random.seed(0), np.random.seed(0)
+    trainer = build(folder, workers, seed=3, unseeded=False)
     print("started", flush=True)
     trainer.fit(EPOCHS, resume="auto")
     log = next(c for c in trainer.callbacks.callbacks if isinstance(c, Log))

@@ -7,7 +7,7 @@ from ununennium.training.callbacks import (
     LRSchedulerCallback,
     ProgressCallback,
 )
-from ununennium.training.errors import BatchError, CheckpointError, NonFiniteError
+from ununennium.training.errors import BatchError, CheckpointError, DataOrderError, NonFiniteError, Preempted
 from ununennium.training.trainer import Trainer
 
 __all__ = [
@@ -15,9 +15,11 @@ __all__ = [
     "Callback",
     "CheckpointCallback",
     "CheckpointError",
+    "DataOrderError",
     "EarlyStoppingCallback",
     "LRSchedulerCallback",
     "NonFiniteError",
+    "Preempted",
     "ProgressCallback",
     "Trainer",
 ]

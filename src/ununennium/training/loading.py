@@ -149,7 +149,7 @@ class EpochLoader:
         if self._order is not None or self._private is None or not self._remembers():
             return None
         random = self._private
-        return {"loader": self.loader.state_dict(), "random": [random.python, random.numpy, random.torch]}  # type: ignore[attr-defined]
+        return {"loader": self.loader.state_dict(), "random": [random.python, random.numpy, random.torch, []]}  # type: ignore[attr-defined]
 
     def indices(self, seed: int, epoch: int, batches: range) -> dict[int, Any]:
         """Return what the sampler gives for some batches of an epoch, by batch; empty for iterables."""
@@ -214,13 +214,14 @@ class EpochLoader:
         for told in (source, getattr(source, "dataset", None)):
             _set_epoch(told, key[-1])
         private = RandomState.seeded(_seed(key)) if not isinstance(source, (list, tuple)) else None
+        left = None
         if state is not None:
-            source.load_state_dict(state["loader"])
-            python, numpy, pytorch = state["random"]
-            private = RandomState(python, numpy, pytorch, [])
+            left = RandomState(*state["random"])
+            with RandomState.capture(devices=False).put_back():  # it may begin to iterate
+                source.load_state_dict(state["loader"])
         self._private = private
         passed = 0 if state is not None else start
-        batches = iter(_with_generators(source, private, at_once=1))
+        batches = _with_generators(source, private, at_once=1, left=left)
         for number in range(passed):
             if next(batches, _END) is _END:
                 raise DataOrderError(
@@ -429,13 +430,20 @@ def _filled(cell: Any) -> bool:
     return True
 
 
-def _with_generators(iterable: Iterable[Any], private: RandomState | None, at_once: int) -> Iterator[Any]:
-    """Iterate with the global generators exchanged for private ones while items are drawn, some at a time."""
+def _with_generators(
+    iterable: Iterable[Any], private: RandomState | None, at_once: int, left: RandomState | None = None
+) -> Iterator[Any]:
+    """Iterate with the global generators exchanged for private ones while items are drawn, some at a time.
+
+    ``left`` is where the private ones were left by an earlier iteration that this one takes up.
+    """
     if private is None:
         yield from iterable
         return
     with private.swapped_in():
         iterator = iter(iterable)
+    if left is not None:
+        private.python, private.numpy, private.torch = left.python, left.numpy, left.torch
     while True:
         with private.swapped_in():
             items = [copy.copy(item) if at_once > 1 else item for item in islice(iterator, at_once)]

@@ -247,7 +247,8 @@ class Trainer:
                 raise
             self.state.digest = loaded.digest
             if closes:
-                self._step()
+                self.state.validating = self.state.open_batches < self.gradient_accumulation_steps  # the end cuts short
+                self._stepper.step()
             for hook in self.callbacks.batch_end:
                 hook(self, index, {"train_loss": result.loss})
             del result  # its outputs need not live through the next forward
@@ -440,14 +441,6 @@ class Trainer:
             memories["the state of the metrics"] = self._figures.state_dict()
         checkpoint.check_memories(memories)
 
-    def _step(self) -> None:
-        self.state.validating = self.state.open_batches < self.gradient_accumulation_steps  # only the end cuts short
-        try:
-            self._stepper.step()
-        except NonFiniteError as error:
-            self._name_samples(error)
-            raise
-
     def _check_finite(self, epoch: int) -> None:
         bad = self._figures.train.loss.first_not_finite
         if bad is not None and self.on_nonfinite == "raise":
@@ -456,11 +449,14 @@ class Trainer:
                 "epoch's end. The weights went with it; no checkpoint was written since."
             )
             error.batches = range(bad, bad + 1)
-            self._name_samples(error)
             raise error
 
     def _name_samples(self, error: NonFiniteError) -> None:
-        """Add to an error what the sampler gave for the batches that it names."""
+        """Add to an error what the sampler gave for the batches that it names, or else for the first bad one."""
+        if error.batches is None:  # from the copy that was to be saved
+            self._figures.train.loss.compute()
+            bad = self._figures.train.loss.first_not_finite
+            error.batches = None if bad is None else range(bad, bad + 1)
         if error.batches:
             samples = self._train_batches.indices(self.state.seed, self.state.epoch, error.batches)
             listed = "; ".join(f"batch {number}: {indices!r:.200}" for number, indices in samples.items())
@@ -497,6 +493,8 @@ class Trainer:
         """Close a run that an error ends, or a signal, after which the run is saved first."""
         signalled = error is self._signals.leaving
         failure = None
+        if isinstance(error, NonFiniteError):
+            self._name_samples(error)
         try:
             for callback in self.callbacks.savers if signalled else ():
                 callback.save(self)

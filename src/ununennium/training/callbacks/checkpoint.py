@@ -162,7 +162,7 @@ class CheckpointCallback(Callback):
                 self._bests, self._at = before, None
 
         try:
-            trainer.save(self.path / name, wait=False, done=done)
+            trainer.save(self._folder.path / name, wait=False, done=done)
         except BaseException as error:
             done(error)
             raise

@@ -57,6 +57,7 @@ class Folder:
                     "choose another folder"
                 )
         self.close()
+        self.path = self.path.absolute()  # wherever the process goes meanwhile
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path / _LOCK)

@@ -1,0 +1,471 @@
+"""Killed anywhere and resumed, a run ends with the same bits (traps 9-13)."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from victim import ACCUMULATION, BATCH, EPOCHS, SAMPLES, Augmented, Log, build, digest, network, start_victim
+
+from ununennium.metrics import IoU
+from ununennium.training import (
+    Callback,
+    CheckpointCallback,
+    CheckpointError,
+    LRSchedulerCallback,
+    Trainer,
+)
+from ununennium.training.errors import DataOrderError
+from ununennium.training.loading import EpochLoader
+
+BATCHES = -(-SAMPLES // BATCH)
+
+
+def whole_run(folder, **kwargs):
+    """Train without being stopped, keeping every checkpoint; return the Trainer, its digest and the checkpoints."""
+    random.seed(1), np.random.seed(1)
+    trainer = build(folder, seed=3, unseeded=False, checkpoints={"keep_last": 1000}, **kwargs)
+    trainer.fit(EPOCHS)
+    return trainer, digest(trainer), checkpoints_in(folder)
+
+
+def checkpoints_in(folder):
+    return sorted((p for p in folder.glob("step-*") if not p.is_symlink()), key=lambda p: p.name.split("-")[2])
+
+
+def resumed(checkpoint, folder, **kwargs):
+    """Go on from a checkpoint to the end, in another folder; return the Trainer and its digest."""
+    trainer = build(folder, checkpoints={"keep_last": 1000}, **kwargs)
+    trainer.fit(EPOCHS, resume=checkpoint)
+    return trainer, digest(trainer)
+
+
+def position(checkpoint):
+    return json.loads((checkpoint / "manifest.json").read_text())["position"]
+
+
+@pytest.mark.parametrize("precision", [False, True, "fp16"])
+def test_every_checkpoint_leads_to_the_same_bits(tmp_path, precision):
+    """Every optimizer step is a legal place to die; rates, patience and best value are part of what is compared."""
+    _, expected, checkpoints = whole_run(tmp_path / "whole", mixed_precision=precision)
+    places = [(position(c)["epoch"], position(c)["batch"]) for c in checkpoints]
+    inside = [(epoch, batch) for epoch in range(EPOCHS) for batch in (4, 8, 12, BATCHES)]
+    assert places == sorted([*inside, *((epoch, 0) for epoch in range(1, EPOCHS + 1))])
+    for checkpoint in checkpoints:
+        trainer, found = resumed(checkpoint, tmp_path / f"from-{checkpoint.name}", mixed_precision=precision)
+        assert found == expected, checkpoint
+        assert trainer.state.seed == 3
+
+
+def test_workers_change_no_bit_before_or_after(tmp_path):
+    _, expected, checkpoints = whole_run(tmp_path / "whole")
+    _, in_workers, there = whole_run(tmp_path / "workers", workers=2)
+    assert in_workers == expected
+    for number, checkpoint in enumerate([checkpoints[1], checkpoints[3], there[7]]):
+        assert resumed(checkpoint, tmp_path / f"{number}", workers=2)[1] == expected
+    assert resumed(there[6], tmp_path / "none", workers=0)[1] == expected
+
+
+@pytest.mark.parametrize("off_by", [-1, 1])
+def test_a_batch_replayed_or_skipped_on_purpose_is_seen(tmp_path, monkeypatch, off_by):
+    """The control: without it the tests above might compare what can't differ (trap 13)."""
+    _, expected, checkpoints = whole_run(tmp_path / "whole")
+    honest = EpochLoader.epoch
+
+    def elsewhere(self, seed, epoch, start=0, digest=None, state=None):
+        return honest(self, seed, epoch, start + off_by if start else 0)
+
+    monkeypatch.setattr(EpochLoader, "epoch", elsewhere)
+    assert resumed(checkpoints[1], tmp_path / "resumed")[1] != expected
+
+
+@pytest.mark.parametrize("forgotten", ["figures", "random", "digest", "callbacks", "optimizer"])
+def test_each_part_of_the_state_is_compared(tmp_path, monkeypatch, forgotten):
+    """Controls again: a checkpoint that leaves something out ends elsewhere, or is refused."""
+    from ununennium.training import checkpoint as package
+
+    _, expected, checkpoints = whole_run(tmp_path / "whole")
+    contents = package.read(checkpoints[5])
+    training = contents.training
+    if forgotten == "figures":
+        training["figures"]["train"]["loss"] |= {"values": [], "counts": []}
+    if forgotten == "random":
+        training["random"][2] = torch.get_rng_state()
+    if forgotten == "digest":
+        training["state"]["digest"] = "0" * 32
+    if forgotten == "callbacks":
+        training["callbacks"][2][1]["scheduler"]["last_epoch"] -= 1
+    if forgotten == "optimizer":
+        training["optimizer"]["state"] = {}
+    package.write(tmp_path / "less", contents)
+    if forgotten == "digest":
+        with pytest.raises(DataOrderError):
+            resumed(tmp_path / "less", tmp_path / "resumed")
+    else:
+        assert resumed(tmp_path / "less", tmp_path / "resumed")[1] != expected
+
+
+def test_the_samples_are_those_of_the_whole_run_and_none_is_loaded_again(tmp_path):
+    """Trap 9: neither replayed nor skipped, and what was passed is never loaded."""
+    whole_data = Augmented()
+    whole, _, checkpoints = whole_run(tmp_path / "whole", data=whole_data)
+    for checkpoint in checkpoints[::3]:
+        data = Augmented()
+        trainer, _ = resumed(checkpoint, tmp_path / checkpoint.name, data=data)
+        logs = [next(c for c in t.callbacks.callbacks if isinstance(c, Log)) for t in (whole, trainer)]
+        assert logs[0].samples == logs[1].samples
+        at = position(checkpoint)
+        passed = at["epoch"] * SAMPLES + min(at["batch"] * BATCH, SAMPLES)
+        assert data.loaded == whole_data.loaded[passed:]
+
+
+def kill_until_it_ends(folder, workers, kills, draw):
+    """Start the victim again and again, and kill it at random; return how it ended, and how often it was killed."""
+    killed = 0
+    while True:
+        victim = start_victim(folder, workers)
+        if killed < kills:
+            victim.stdout.readline()
+            time.sleep(draw.uniform(0, 0.3 if workers == 0 else 0.8))
+            victim.send_signal(signal.SIGKILL)
+        out, errors = victim.communicate(timeout=120)
+        if victim.returncode == 0:
+            return json.loads(out.splitlines()[-1]), killed
+        assert victim.returncode == -signal.SIGKILL, errors
+        killed += 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, workers):
+    kill_at_random(tmp_path, workers, kills=2)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_fifty_times(tmp_path, workers):
+    kill_at_random(tmp_path, workers, kills=50)
+
+
+def kill_at_random(tmp_path, workers, kills):
+    """The victim takes a second or two: several runs of it are killed until so many kills have met one."""
+    draw = random.Random(workers)
+    expected, _ = kill_until_it_ends(tmp_path / "whole", workers, 0, draw)
+    met = 0
+    while met < kills:
+        found, killed = kill_until_it_ends(tmp_path / f"{met}", workers, kills - met, draw)
+        assert found == expected
+        met += max(killed, 1)
+
+
+def test_the_same_command_line_serves_the_first_start_and_every_other(tmp_path):
+    first = build(tmp_path, seed=3)
+    first.fit(1, resume="auto")
+    assert first.state.optimizer_steps == 4
+    second = build(tmp_path)
+    second.fit(2, resume="auto")
+    assert second.state.optimizer_steps == 8
+    assert (second.state.seed, second.state.run) == (3, first.state.run)
+    third = build(tmp_path)
+    history = third.fit(2, resume="auto")
+    assert third.state.optimizer_steps == 8
+    assert len(history["train_loss"]) == 2
+
+
+def test_a_pointer_is_resumed_from_and_the_seed_of_the_arguments_gives_way(tmp_path):
+    build(tmp_path, seed=3).fit(1)
+    trainer = build(tmp_path / "other", seed=99)
+    trainer.fit(2, resume=tmp_path / "last")
+    assert trainer.state.seed == 3
+
+
+def test_auto_without_a_folder_to_look_in_says_so():
+    model = nn.Linear(2, 1)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), nn.MSELoss(), [1], progress=False)
+    with pytest.raises(ValueError, match=r"looks in the folder of a CheckpointCallback, and there is none"):
+        trainer.fit(1, resume="auto")
+
+
+def other_loader(trainer, **changes):
+    loader = trainer.train_loader
+    arguments = {"dataset": loader.dataset, "batch_size": BATCH, "shuffle": True} | changes
+    trainer.train_loader = DataLoader(**arguments)
+    trainer._train_batches = EpochLoader(trainer.train_loader, stream=0)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: other_loader(t, batch_size=3), r"train_loader=.*'batch_size': 2.*this one has .*'batch_size': 3"),
+        (lambda t: other_loader(t, dataset=Subset(Augmented(), range(20))), r"'samples': 27.*'samples': 20"),
+        (lambda t: other_loader(t, drop_last=True), r"'batches': 14.*'batches': 13"),
+        (lambda t: setattr(t, "gradient_accumulation_steps", 2) or t, r"gradient_accumulation_steps=4, this one has 2"),
+        (lambda t: setattr(t, "gradient_clip_norm", None) or t, r"gradient_clip_norm=0\.5, this one has None"),
+    ],
+)
+def test_what_can_not_be_exact_is_refused_by_name(tmp_path, change, message):
+    build(tmp_path, seed=3).fit(1)
+    trainer = change(build(tmp_path / "other"))
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message) as caught:
+        trainer.fit(2, resume=tmp_path / "last")
+    assert "Trainer.load_weights" in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    trainer.load_weights(tmp_path / "last")
+    assert not all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+
+
+def test_another_precision_is_refused(tmp_path):
+    build(tmp_path, seed=3).fit(1)
+    with pytest.raises(CheckpointError, match=r"mixed_precision='float32', this one has 'bfloat16'"):
+        build(tmp_path / "other", mixed_precision=True).fit(2, resume=tmp_path / "last")
+
+
+def test_a_compiled_model_goes_on_inside_the_epoch_where_a_plain_one_was_left(tmp_path):
+    _, expected, checkpoints = whole_run(tmp_path / "whole")
+    inner = network()
+    trainer = build(tmp_path / "compiled", model=torch.compile(inner, backend="eager"))
+    trainer.fit(EPOCHS, resume=checkpoints[6])
+    trainer.model = inner
+    assert digest(trainer) == expected
+
+
+def test_a_checkpoint_of_format_1_goes_on_at_its_epoch():
+    folder = Path(__file__).parent / "checkpoint" / "format-1"
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    batches = [(torch.ones(2, 2), torch.ones(2, 1)), (torch.full((2, 2), 2.0), torch.zeros(2, 1))]
+    schedule = LRSchedulerCallback(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+    saver = CheckpointCallback("unused", "train_loss")
+    trainer = Trainer(
+        model, optimizer, nn.MSELoss(), batches, callbacks=[schedule, saver], device="cpu", progress=False
+    )
+    trainer.load(folder)
+    assert trainer.history["train_loss"] == pytest.approx([0.6976700723171234, 0.458806648850441])
+    assert model.weight.tolist() == [pytest.approx([0.4750, -0.2015], abs=1e-4)]
+    assert (trainer.state.seed, trainer.state.epoch, trainer.state.batch) == (5, 2, 0)
+    assert saver.best == pytest.approx(0.458806648850441)
+    assert optimizer.param_groups[0]["lr"] == 0.025
+
+
+class StopsAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_batch_end(self, trainer, batch_idx, logs):
+        if trainer.state.optimizer_steps == self.step:
+            trainer.stop()
+
+
+def test_a_run_that_was_asked_to_stop_inside_an_epoch_closes_it_after_a_resume(tmp_path):
+    random.seed(1), np.random.seed(1)
+    keep = {"keep_last": 1000}
+    whole = build(tmp_path / "whole", seed=3, unseeded=False, checkpoints=keep, callbacks=[StopsAt(6)])
+    whole.fit(EPOCHS)
+    assert whole.state.optimizer_steps == 6
+    checkpoint = next(c for c in checkpoints_in(tmp_path / "whole") if position(c)["batch"] == 8 and "06" in c.name)
+    assert position(checkpoint) == {"epoch": 1, "batch": 8, "optimizer_steps": 6}
+    trainer = build(tmp_path / "again", checkpoints=keep)  # and nobody who would ask again
+    trainer.fit(EPOCHS, resume=checkpoint)
+    assert digest(trainer) == digest(whole)
+
+
+class Count:
+    """A metric of the user's own that has no state_dict."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.pixels, self.seen = torch.zeros(()), []
+
+    def update(self, outputs, targets):
+        self.pixels = self.pixels + targets.numel()
+        self.seen.append(len(targets))
+
+    def compute(self):
+        return self.pixels + len(self.seen)
+
+
+def test_metrics_of_every_kind_go_on_inside_the_epoch(tmp_path):
+    def metrics():
+        tm = torchmetrics.classification.MulticlassJaccardIndex(3, ignore_index=255)
+        curve = torchmetrics.MetricCollection([torchmetrics.classification.MulticlassAccuracy(3, ignore_index=255)])
+        cat = torchmetrics.classification.MulticlassAUROC(3, ignore_index=255)  # keeps every prediction
+        return {"iou": IoU(3, ignore_index=255), "torch": tm, "collection": curve, "auroc": cat, "count": Count()}
+
+    whole, expected, checkpoints = whole_run(tmp_path / "whole", metrics=metrics())
+    assert set(whole.history) > {"train_iou", "train_torch", "train_auroc", "train_count"}
+    for checkpoint in (checkpoints[1], checkpoints[8]):
+        assert resumed(checkpoint, tmp_path / checkpoint.name, metrics=metrics())[1] == expected
+
+
+def test_other_metrics_inside_an_epoch_are_refused(tmp_path):
+    _, _, checkpoints = whole_run(tmp_path / "whole", metrics=[IoU(3, ignore_index=255)])
+    message = r"left inside an epoch with other metrics.*\['iou'\], these are \['iou', 'count'\]"
+    with pytest.raises(CheckpointError, match=message):
+        resumed(checkpoints[1], tmp_path / "a", metrics={"iou": IoU(3, ignore_index=255), "count": Count()})
+    with pytest.raises(CheckpointError, match=r"not of num_classes=4"):
+        resumed(checkpoints[1], tmp_path / "b", metrics=[IoU(4, ignore_index=255)])
+
+
+def test_a_metric_that_no_checkpoint_could_hold_is_found_before_the_first_step(tmp_path):
+    class Holds(Count):
+        def __init__(self):
+            super().__init__()
+            self.function = print
+
+    trainer = build(tmp_path, metrics={"iou": IoU(3, ignore_index=255), "holds": Holds()})
+    with pytest.raises(TypeError, match=r"metrics.*function is a builtins\.builtin_function_or_method"):
+        trainer.fit(1)
+    assert trainer.state.optimizer_steps == 0
+
+
+def test_saving_between_the_batches_of_a_step_is_refused(tmp_path):
+    class Saves(Callback):
+        def on_batch_end(self, trainer, batch_idx, logs):
+            if batch_idx == 1:
+                trainer.save(tmp_path / "inside")
+
+    with pytest.raises(
+        ValueError, match=r"2 batches have gone into gradients.*save where trainer\.state\.open_batches"
+    ):
+        build(tmp_path / "c", callbacks=[Saves()]).fit(1)
+    assert not (tmp_path / "inside").exists()
+
+
+def test_a_checkpoint_from_a_hook_goes_on_from_there(tmp_path):
+    class Saves(Callback):
+        saves_state = True
+
+        def on_batch_end(self, trainer, batch_idx, logs):
+            if trainer.state.optimizer_steps == 5 and not trainer.state.open_batches:
+                trainer.save(tmp_path / "mine")
+
+    whole, expected, _ = whole_run(tmp_path / "whole", callbacks=[Saves()])
+    assert position(tmp_path / "mine") == {"epoch": 1, "batch": 4, "optimizer_steps": 5}
+    assert resumed(tmp_path / "mine", tmp_path / "resumed")[1] == expected
+    assert whole.state.epoch == EPOCHS
+
+
+def test_hooks_of_a_resumed_epoch_go_on_with_its_batches(tmp_path):
+    events = []
+
+    class Hears(Callback):
+        def on_epoch_start(self, trainer, epoch):
+            events.append(("epoch", epoch, trainer.state.batch))
+
+        def on_batch_start(self, trainer, batch_idx):
+            events.append(("batch", batch_idx))
+
+    _, _, checkpoints = whole_run(tmp_path / "whole")
+    resumed(checkpoints[6], tmp_path / "resumed", callbacks=[Hears()])  # epoch 1, batch 8
+    assert events[:7] == [("epoch", 1, 8), *(("batch", n) for n in range(8, BATCHES))]
+    assert events[7] == ("epoch", 2, 0)
+
+
+class Stream(IterableDataset):
+    """Draws in this process; can tell where it is, if it is asked."""
+
+    def __init__(self):
+        self.given = []
+
+    def __iter__(self):
+        for i in range(20):
+            self.given.append(i)
+            yield torch.full((3, 8, 8), random.random() + i), torch.randint(0, 3, (8, 8))
+
+
+class StatefulLoader:
+    """A loader with a memory, as torchdata's over iterable datasets."""
+
+    def __init__(self):
+        self.position, self.given = 0, []
+
+    def __iter__(self):
+        torch.rand(())  # the seed of its workers
+        return self._batches()
+
+    def _batches(self):
+        while self.position < 10:
+            self.position += 1
+            self.given.append(self.position)
+            yield torch.randn(2, 3, 8, 8) + random.random(), torch.randint(0, 3, (2, 8, 8))
+        self.position = 0
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        torch.rand(())
+        self.position = state["position"]
+
+
+@pytest.mark.parametrize("kind", ["iterable dataset", "with a memory"])
+def test_iterables_go_on_too(tmp_path, kind):
+    """Without a memory they are run through again to where they were; with one they are asked for it."""
+
+    def trainer_of(folder, source):
+        model = network()
+        saver = CheckpointCallback(folder, "train_loss", every_n_steps=1, keep_last=1000)
+        loader = DataLoader(source, BATCH) if kind == "iterable dataset" else source
+        return Trainer(
+            model, torch.optim.Adam(model.parameters()), nn.CrossEntropyLoss(), loader, callbacks=[saver],
+            gradient_accumulation_steps=ACCUMULATION, device="cpu", progress=False, metrics=None, seed=1,
+        )  # fmt: skip
+
+    make = Stream if kind == "iterable dataset" else StatefulLoader
+    torch.manual_seed(0)
+    whole = trainer_of(tmp_path / "whole", make())
+    whole.fit(2)
+    expected = {k: v.clone() for k, v in whole.model.state_dict().items()}
+    checkpoints = checkpoints_in(tmp_path / "whole")
+    assert len(checkpoints) == 8
+    for checkpoint in checkpoints:
+        source = make()
+        trainer = trainer_of(tmp_path / checkpoint.name, source)
+        trainer.fit(2, resume=checkpoint)
+        assert trainer.history == whole.history
+        assert all(torch.equal(v, expected[k]) for k, v in trainer.model.state_dict().items())
+        if kind == "with a memory" and position(checkpoint)["batch"] == 4:
+            assert source.given[:6] == list(range(5, 11))
+
+
+def test_an_iterable_that_ends_before_the_place_says_so():
+    loader = EpochLoader([1, 2, 3], 0)
+    assert [b.batch for b in loader.epoch(1, 0, start=2)] == [3]
+    assert list(loader.epoch(1, 0, start=3)) == []
+    with pytest.raises(DataOrderError, match=r"ended after 3 batches, and the run was left after 4"):
+        list(loader.epoch(1, 0, start=4))
+
+
+def test_what_the_next_fit_does_after_a_load_is_what_resume_does(tmp_path):
+    _, expected, checkpoints = whole_run(tmp_path / "whole")
+    trainer = build(tmp_path / "loaded", checkpoints={"keep_last": 1000})
+    trainer.load(checkpoints[2])
+    torch.manual_seed(8)
+    trainer.fit(EPOCHS)
+    assert digest(trainer) == expected
+
+
+def test_a_fresh_start_after_an_interrupted_one_begins_anew(tmp_path):
+    class Fails(Callback):
+        def on_batch_end(self, trainer, batch_idx, logs):
+            if trainer.state.epoch == 1 and batch_idx == 5:
+                raise RuntimeError("user")
+
+    trainer = build(tmp_path, callbacks=[Fails()])
+    with pytest.raises(RuntimeError, match="user"):
+        trainer.fit(3)
+    trainer.fit(1)
+    assert len(trainer.history["train_loss"]) == 1
+    assert os.listdir(tmp_path).count("last") == 1
