@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test soak check format bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ununennium needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ...")'
@@ -20,6 +20,9 @@ demo: $(READY)   ## train, validate and map a real scene (Indian Pines) in under
 test: $(READY)   ## the test suite
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
+soak: $(READY)   ## a hundred runs killed and resumed, some minutes
+	$(BIN)/python -m pytest --numprocesses 2 -m soak $(ARGS)
+
 check: $(READY)  ## formatting, linting, typing, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -30,9 +33,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## import, loop and data order against torch, a hand-written loop and the plain loader
+bench: $(READY)  ## import, loop, data order and checkpoints against torch, a hand-written loop and the plain loader
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/data_order.py
+	$(BIN)/python benchmarks/checkpoints.py
 
 clean:
 	rm -rf $(VENV) build dist

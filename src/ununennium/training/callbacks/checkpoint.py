@@ -89,6 +89,7 @@ class CheckpointCallback(Callback):
         self.keep_best = keep_best
         self._folder = Folder(self.path)
         self._bests: list[tuple[float, str]] = []  # values and checkpoints, the best first
+        self._pointers: dict[str, str] = {}  # where they lead once the last save is committed
         self._prepared = False
         self._step = 0
         self._at: tuple[Any, ...] | None = None  # where the run was when it was last saved, and when
@@ -109,6 +110,7 @@ class CheckpointCallback(Callback):
                     "would move each other's best and last: give each a folder of its own"
                 )
         self._folder.open()
+        self._folder.catch_up(self._pointers, trainer.state.run)
         self._prepared, self._at = False, None
         self._step, self._seconds = trainer.state.optimizer_steps, time.monotonic()
 
@@ -149,17 +151,18 @@ class CheckpointCallback(Callback):
 
     def _save(self, trainer: Trainer, pointers: list[str], ranked: tuple[int, float] | None = None) -> None:
         name = self._folder.new_name(trainer.state.optimizer_steps)
-        before = self._bests
+        before = self._bests, self._pointers
         if ranked is not None:  # before saving, since it is saved, too
             rank, value = ranked
-            self._bests = [*before[:rank], (value, name), *before[rank:]][: self.keep_best]
+            self._bests = [*self._bests[:rank], (value, name), *self._bests[rank:]][: self.keep_best]
+        self._pointers = self._pointers | dict.fromkeys(pointers, name)
         keep = {name for _, name in self._bests}
 
         def done(error: BaseException | None) -> None:
             if error is None:
                 self._folder.settle(name, pointers, keep, self.keep_last, epochs=not self.save_best_only)
             else:
-                self._bests, self._at = before, None
+                (self._bests, self._pointers), self._at = before, None
 
         try:
             trainer.save(self._folder.path / name, wait=False, done=done)
@@ -169,12 +172,13 @@ class CheckpointCallback(Callback):
         self._at, self._seconds = _position(trainer), time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best values, and which checkpoints have them."""
-        return {"bests": list(self._bests)}
+        """Return the best values with their checkpoints, and where the pointers lead."""
+        return {"bests": list(self._bests), "pointers": dict(self._pointers)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
         self._bests = [(value, name) for value, name in state["bests"]]
+        self._pointers = dict(state["pointers"])
 
 
 def _position(trainer: Trainer) -> tuple[Any, ...]:

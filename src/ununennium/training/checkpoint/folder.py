@@ -6,7 +6,7 @@ import secrets
 import shutil
 import socket
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,14 @@ class Folder:
         self._number += 1
         return f"step-{optimizer_steps:08d}-{self._number:04d}"
 
+    def catch_up(self, pointers: Mapping[str, str], run: str) -> None:
+        """Move pointers of a run on to where a crash between a commit and its pointers kept them from going."""
+        for pointer, name in pointers.items():
+            link = self.path / pointer
+            behind = not link.is_symlink() or _order(os.readlink(link)) < _order(name)
+            if behind and self._manifests.get(name, {}).get("run") == run:
+                self._point(pointer, name)
+
     def settle(self, name: str, pointers: Iterable[str], keep: Collection[str], num_last: int, epochs: bool) -> None:
         """Let pointers lead to a checkpoint that was committed, and delete those of its run that nobody needs.
 
@@ -165,7 +173,8 @@ def _names(path: Path) -> list[str]:
 def _order(name: str) -> tuple[int, int]:
     """Sort by number, then by step. Names that were given no number (by earlier versions) come first."""
     match = _NAME.fullmatch(name)
-    assert match is not None
+    if match is None:
+        return 0, 0
     number = match[2]
     return int(number) if number.isdecimal() and len(number) != 8 else 0, int(match[1])
 

@@ -200,5 +200,5 @@ def _from_1(contents: Contents) -> Contents:
     for _, memory in training["callbacks"]:
         if "kept" in memory:  # CheckpointCallback
             best = memory["kept"].get("best")
-            memory["bests"] = [] if best is None else [(memory["best"], best)]
+            memory |= {"bests": [] if best is None else [(memory["best"], best)], "pointers": memory["kept"]}
     return contents

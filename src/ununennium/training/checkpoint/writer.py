@@ -2,12 +2,14 @@
 
 import errno
 import json
+import math
 import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +23,13 @@ _NAMES = {
     torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+_OF_NUMPY = {
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64,
+}  # fmt: skip
 _ALIGNED = 16  # bytes: no element is larger
+
+_Place = tuple[int, int, torch.dtype, torch.Size]  # in the buffer: first byte, end, type, shape
+_Places = dict[str, _Place]
 
 Done = Callable[[BaseException | None], None]
 
@@ -93,35 +101,31 @@ class Writer:
         tree = pack(contents.training, tensors, "training")
         info = pack(contents.info, {}, "info")
         self._make_room(tensors, contents.model)
-        views: list[Tensor] = []
-        sources: list[Tensor] = []
-        copied: dict[str, dict[str, Tensor]] = {}
-        parts: dict[str, list[Any]] = {}
-        start = 0
+        places: dict[str, _Places] = {}
+        end = 0
         for file, named in ((TENSORS, tensors), (MODEL, contents.model)):
-            header: dict[str, Any] = {}
-            copied[file] = {}
-            begin = end = _aligned(start)
-            for name, tensor in _in_file_order(named):
-                start, end = end, end + tensor.numel() * tensor.element_size()
-                header[name] = {
-                    "dtype": _dtype_name(name, tensor),
-                    "shape": list(tensor.shape),
-                    "data_offsets": [start - begin, end - begin],
-                }
-                view = self._buffer[start:end].view(tensor.dtype).view(tensor.shape)
-                copied[file][name] = view
-                views.append(view)
-                sources.append(tensor.detach())
-            start = end
-            parts[file] = [_framed(header), self._buffer[begin:end].numpy()]
-        with torch.no_grad():
-            torch._foreach_copy_(views, sources, non_blocking=self._buffer.is_pinned())
+            places[file], end = self._fill(named, _aligned(end))
         arrived = None
         if self._buffer.is_pinned():
             arrived = torch.cuda.Event()
             arrived.record()
-        return _Copy(copied[MODEL], copied[TENSORS], contents.parameters, parts, tree, info, arrived)
+        return _Copy(self._buffer, places, contents.parameters, tree, info, arrived)
+
+    def _fill(self, tensors: dict[str, Tensor], end: int) -> tuple["_Places", int]:
+        """Copy tensors to the buffer from a place on; return where each is, and the end."""
+        places: _Places = {}
+        pinned, host = self._buffer.is_pinned(), self._buffer.numpy()
+        for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # so each is aligned
+            _check_type(name, tensor)
+            start, end = end, end + tensor.numel() * tensor.element_size()
+            places[name] = start, end, tensor.dtype, tensor.shape
+            if tensor.device.type == "cpu" and tensor.dtype in _OF_NUMPY and tensor.is_contiguous():
+                # By one thread: PyTorch's wait for each other wherever loader workers, say, have the cores.
+                values = tensor.detach().numpy()
+                np.copyto(host[start:end].view(values.dtype).reshape(values.shape), values)
+            else:
+                _at(self._buffer, places[name]).copy_(tensor.detach(), non_blocking=pinned)
+        return places, end
 
     def _make_room(self, *files: dict[str, Tensor]) -> None:
         size = 0
@@ -133,43 +137,55 @@ class Writer:
             self._buffer = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
 
     def _write(self, path: Path, copy: "_Copy", done: Done) -> None:
+        failure = None
         try:
             if copy.arrived is not None:
                 copy.arrived.synchronize()
             copy.check_finite()
-            commit(path, {**copy.parts, TREE: [json.dumps(copy.tree).encode()]}, copy.info)
+            commit(path, copy.files(), copy.info)
         except Exception as error:
-            self._error = _with_remedy(error, path)
+            failure = _with_remedy(error, path)
         try:
-            done(self._error)
+            done(failure)
         except Exception as error:
-            self._error = self._error or _with_remedy(error, path.parent)
+            failure = failure or _with_remedy(error, path.parent)
+        self._error = failure
 
 
 class _Copy(NamedTuple):
-    """A copy of contents in host memory, and the files that it makes."""
+    """A copy of contents in host memory, from which the files are made."""
 
-    model: dict[str, Tensor]
-    tensors: dict[str, Tensor]
+    buffer: Tensor
+    places: dict[str, _Places]
     parameters: frozenset[str]
-    parts: dict[str, list[Any]]
     tree: Any
     info: dict[str, Any]
     arrived: Any
 
     def check_finite(self) -> None:
         """Raise for a parameter that is not finite, and for NaN in the rest of the model or in the optimizer."""
-        optimizer = {k: v for k, v in self.tensors.items() if k.startswith("training.optimizer.")}
-        for name, value in {**self.model, **optimizer}.items():
-            if not value.is_floating_point():
-                continue
-            bad = ~value.isfinite() if name in self.parameters else value.isnan()
-            if bool(bad.any()):
+        optimizer = {k: v for k, v in self.places[TENSORS].items() if k.startswith("training.optimizer.")}
+        for name, place in {**self.places[MODEL], **optimizer}.items():
+            extremes = _extremes(_at(self.buffer, place))
+            if any(map(math.isnan, extremes)) or (name in self.parameters and any(map(math.isinf, extremes))):
                 raise NonFiniteError(
                     f"{name.removeprefix('training.')} holds NaN or infinite values, so no checkpoint was written and "
                     "the earlier ones stay. Lower the learning rate, set gradient_clip_norm, or look for a loss that "
                     "has no finite gradient."
                 )
+
+    def files(self) -> dict[str, list[Any]]:
+        """Return the parts of each file."""
+        files: dict[str, list[Any]] = {TREE: [json.dumps(self.tree).encode()]}
+        for file, places in self.places.items():
+            begin = min((start for start, *_ in places.values()), default=0)
+            end = max((end for _, end, *_ in places.values()), default=0)
+            header = {
+                name: {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start - begin, end - begin]}
+                for name, (start, end, dtype, shape) in places.items()
+            }
+            files[file] = [_framed(header), self.buffer[begin:end].numpy()]
+        return files
 
 
 def write(path: Path, contents: Contents) -> None:
@@ -179,22 +195,34 @@ def write(path: Path, contents: Contents) -> None:
     writer.wait()
 
 
+def _at(buffer: Tensor, place: _Place) -> Tensor:
+    start, end, dtype, shape = place
+    return buffer[start:end].view(dtype).view(shape)
+
+
+def _extremes(tensor: Tensor) -> list[float]:
+    """Return the least and the greatest value, NaN if one is; on one thread and without copies."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.is_floating_point() or not tensor.numel():
+        return []
+    if tensor.dtype in _OF_NUMPY:
+        values = tensor.numpy()
+        with np.errstate(invalid="ignore"):
+            return [float(values.min()), float(values.max())]
+    return [float(value) for value in tensor.float().aminmax()]
+
+
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNED) * _ALIGNED
 
 
-def _in_file_order(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Return tensors by falling size of their elements, so that each begins at a multiple of it."""
-    return sorted(tensors.items(), key=lambda item: -item[1].element_size())
-
-
-def _dtype_name(name: str, tensor: Tensor) -> str:
+def _check_type(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
         raise TypeError(
             f"{name} is a {tensor.layout} tensor of {tensor.dtype}, which safetensors files do not hold: keep it dense "
             "and in another type"
         )
-    return _NAMES[tensor.dtype]
 
 
 def _framed(header: dict[str, Any]) -> bytes:
