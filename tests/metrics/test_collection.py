@@ -249,3 +249,51 @@ def test_a_collection_can_be_copied():
 def test_what_is_no_metric_is_refused(metrics, error, message):
     with pytest.raises(error, match=message):
         MetricCollection(metrics)
+
+
+class Plain:
+    """A metric with neither state_dict nor modules."""
+
+    def __init__(self):
+        self.seen = []
+
+    def update(self, outputs, targets):
+        self.seen.append(len(targets))
+
+    def compute(self):
+        return float(sum(self.seen))
+
+    def reset(self):
+        self.seen = []
+
+
+def test_counting_goes_on_from_a_state_dict():
+    """Ours, torchmetrics' with sums, with lists and nested, and metrics of one's own."""
+
+    def make():
+        named = {"iou": IoU(3, ignore_index=255), "dice": Dice(3, ignore_index=255), "plain": Plain()}
+        tm = torchmetrics.classification
+        named["sums"] = tm.MulticlassJaccardIndex(3, ignore_index=255)
+        named["lists"] = tm.MulticlassAUROC(3, ignore_index=255)
+        named["nested"] = torchmetrics.MetricCollection([tm.MulticlassAccuracy(3, ignore_index=255)])
+        return MetricCollection(named)
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))) for _ in range(4)]
+    whole, first, second = make(), make(), make()
+    for batch in batches:
+        whole.update(*batch)
+    for batch in batches[:2]:
+        first.update(*batch)
+    second.update(*batches[3])  # which it forgets
+    second.load_state_dict(first.state_dict())
+    for batch in batches[2:]:
+        second.update(*batch)
+    assert second.compute() == whole.compute()
+
+
+def test_the_state_of_other_metrics_is_refused():
+    with pytest.raises(ValueError, match=r"of the metrics \['iou'\], these are \['dice'\]"):
+        MetricCollection([Dice(3)]).load_state_dict(MetricCollection([IoU(3)]).state_dict())
+    with pytest.raises(ValueError, match="not of num_classes=4"):
+        MetricCollection([IoU(4)]).load_state_dict(MetricCollection([IoU(3)]).state_dict())

@@ -149,11 +149,10 @@ class Stepper:
             If a loss of the window or the gradient's norm is not finite; the weights are as they were. On an
             accelerator, where looking would make the device wait, the end of the epoch tells.
         """
-        num_batches, self._state.open_batches = self._state.open_batches, 0
-        batches = range(self._state.batch - num_batches, self._state.batch)
-        bad = self._bad_loss(batches) if self.looks or self._skips else None
+        self._state.open_batches = 0
+        bad = self._bad_loss() if self.looks or self._skips else None
         if bad is None:
-            bad = self._bad_gradient(batches)
+            bad = self._bad_gradient()
         if bad is not None:
             self._pass_over(bad)
         elif self._precision.step(self._optimizer):
@@ -174,13 +173,13 @@ class Stepper:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _bad_loss(self, batches: range) -> NonFiniteError | None:
-        for number, (loss, count) in zip(batches, self._window, strict=True):
+    def _bad_loss(self) -> NonFiniteError | None:
+        for place, (loss, count) in enumerate(self._window):
             if not math.isfinite(loss) and count != 0:  # a mean over nothing is NaN, and nothing
-                return self._complaint("the loss", loss, number, batches)
+                return self._complaint("the loss", loss, place)
         return None
 
-    def _bad_gradient(self, batches: range) -> NonFiniteError | None:
+    def _bad_gradient(self) -> NonFiniteError | None:
         """Divide, unscale and clip the gradient; tell whether its norm, if anybody asks for it, is not finite."""
         if isinstance(self._total, Tensor):
             torch._foreach_mul_(self._gradients(), torch.where(self._total > 0, 1 / self._total, 0))
@@ -193,7 +192,7 @@ class Stepper:
             return None  # an overflow of fp16 is the loss scaler's business
         if math.isfinite(self.gradient_norm):
             return None
-        return self._complaint("the norm of the gradient", self.gradient_norm, batches[-1], batches)
+        return self._complaint("the norm of the gradient", self.gradient_norm, len(self._window) - 1)
 
     def _pass_over(self, bad: NonFiniteError) -> None:
         """Raise, or leave the step out and the model as it was before its window."""
@@ -210,22 +209,25 @@ class Stepper:
     def _weights_are_finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self._parameters)
 
-    def _complaint(self, what: str, value: Tensor, batch: int, batches: range) -> NonFiniteError:
+    def _complaint(self, what: str, value: Tensor, place: int) -> NonFiniteError:
+        size = len(self._window)
+        first = self._state.batch - size
         if self._weights_are_finite():
             cause = (
                 "The weights are as they were before this step. Look at that batch for NaN or infinite inputs (nodata "
                 "that was not masked, a division by zero in an index); if the data are sound, lower the learning rate "
                 'or set gradient_clip_norm. on_nonfinite="skip" leaves such steps out, and counts them.'
             )
+            batches = range(first, first + size)
         else:
             cause = (
                 "The weights were not finite before this step, so an earlier step had a gradient that was not: set "
                 "gradient_clip_norm, which looks at every gradient, and take the last checkpoint's weights."
             )
-            batches = range(max(batches.start - max(len(batches), 1), 0), batches.start)
+            batches = range(max(first - size, 0), first)
         error = NonFiniteError(
             f"{what} is {float(value)} at optimizer step {self._state.optimizer_steps} (epoch {self._state.epoch}, "
-            f"batch {batch}). {cause}"
+            f"batch {first + place}). {cause}"
         )
         error.batches = batches
         return error
