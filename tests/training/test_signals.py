@@ -162,8 +162,11 @@ def test_a_last_save_that_fails_is_what_the_user_hears(tmp_path):
         def save(self, trainer):
             raise OSError("disk full")
 
+    trainer = build(tmp_path, callbacks=[Full(), Sends(signal.SIGTERM, "batch_end", (0, 3))])
     with pytest.raises(OSError, match="disk full"):
-        build(tmp_path, callbacks=[Full(), Sends(signal.SIGTERM, "batch_end", (0, 3))]).fit(1)
+        trainer.fit(1)
+    assert position(tmp_path) == (0, 4, 1)  # the others have saved all the same
+    assert trainer._writer._thread is None
 
 
 def test_in_another_thread_it_trains_and_leaves_signals_alone(tmp_path):

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -403,6 +404,11 @@ class Trainer:
         return self.state.history()
 
     @property
+    def resumes(self) -> bool:
+        """Whether a checkpoint was loaded, from which the ``fit`` that begins goes on."""
+        return self._entry is not None
+
+    @property
     def num_batches(self) -> int | None:
         """Batches in an epoch; None if the loader does not tell."""
         try:
@@ -492,21 +498,20 @@ class Trainer:
     def _leave(self, error: BaseException) -> None:
         """Close a run that an error ends, or a signal, after which the run is saved first."""
         signalled = error is self._signals.leaving
-        failure = None
         if isinstance(error, NonFiniteError):
             self._name_samples(error)
-        try:
-            for callback in self.callbacks.savers if signalled else ():
-                callback.save(self)
-            self._writer.wait()
-        except Exception as raised:
-            failure = raised
+        failures: list[Exception] = []
+        for save in [partial(c.save, self) for c in self.callbacks.savers if signalled] + [self._writer.wait]:
+            try:
+                save()
+            except Exception as failure:
+                failures.append(failure)
         self._writer.release()
-        self.callbacks.end(self, failure if signalled and failure else error)
-        if failure is not None and signalled:
-            raise failure from error
-        if failure is not None:
-            error.add_note(f"Then a checkpoint could not be written: {failure}")
+        self.callbacks.end(self, failures[0] if signalled and failures else error)
+        if signalled and failures:
+            raise failures[0] from error
+        for missed in failures:
+            error.add_note(f"Then a checkpoint could not be written: {missed}")
         self._signals.hand_on()
 
     def _explain(self, error: Exception, batch: Any, place: str) -> None:

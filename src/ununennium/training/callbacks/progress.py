@@ -34,13 +34,8 @@ class ProgressCallback(Callback):
         """Forget the table of an earlier run; say which seed this one has, and where it goes on."""
         self._columns = []
         state = trainer.state
-        if state.optimizer_steps:
-            where = f", batch {state.batch}" if state.batch else ""
-            self._print(
-                f"seed {state.seed}, at optimizer step {state.optimizer_steps} (epoch {state.epoch + 1}{where})"
-            )
-        else:
-            self._print(f"seed {state.seed}")
+        where = f", going on after optimizer step {state.optimizer_steps} in epoch {state.epoch + 1}"
+        self._print(f"seed {state.seed}{where if trainer.resumes else ''}")
 
     def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
         """Open a bar."""

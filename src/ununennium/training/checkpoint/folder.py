@@ -78,7 +78,8 @@ class Folder:
     def close(self) -> None:
         """Let other processes write to it."""
         if self._lock is not None:
-            (self.path / _LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # the folder may be gone
+                (self.path / _LOCK).unlink()
             os.close(self._lock)
             self._lock = None
 
@@ -187,7 +188,10 @@ def _delete(path: Path) -> None:
 
 
 def _locked(path: Path) -> int:
-    """Lock a file for this process; the lock goes with the process, and children do not hold it."""
+    """Lock a file for this process; the lock goes with the process, and children do not hold it.
+
+    It would go, too, if the process itself opened the file again and closed it: nobody else has business with it.
+    """
     import fcntl
 
     while True:
@@ -203,9 +207,10 @@ def _locked(path: Path) -> int:
             ) from error
         except OSError as error:
             warnings.warn(f"{path.parent} can't be locked against other runs ({error.strerror})", stacklevel=4)
-        if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            break  # else its last owner has just taken it away
-        os.close(descriptor)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)  # its last owner has just taken it away
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return descriptor

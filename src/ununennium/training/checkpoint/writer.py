@@ -233,7 +233,7 @@ def _framed(header: dict[str, Any]) -> bytes:
 
 
 def _with_remedy(error: Exception, path: Path) -> Exception:
-    if not isinstance(error, OSError) or isinstance(error, FileExistsError):
+    if not isinstance(error, OSError) or error.errno is None:  # which only the system's own have
         return error
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "Make room on that disk" if full else "See that this folder can be written to"
