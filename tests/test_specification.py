@@ -156,9 +156,16 @@ def test_the_scheduler_and_metrics_examples(loaders):
     assert scheduler.last_epoch == 1
 
 
-@pytest.mark.parametrize("distributed", [True, "fsdp"])
-def test_distribution_is_refused_until_it_is_built(loaders, distributed):
+@pytest.mark.parametrize(
+    ("distributed", "error", "message"),
+    [
+        (True, RuntimeError, r"process that torchrun has started.*\n *torchrun --nproc_per_node="),
+        ("fsdp", NotImplementedError, "not built yet: use distributed=True"),
+        ("ddp", ValueError, "must be False, True or \"fsdp\", got 'ddp'"),
+    ],
+)
+def test_distribution_in_a_plain_process_says_what_to_do(loaders, distributed, error, message):
     model = torch.nn.Conv2d(12, 10, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(NotImplementedError, match="not built yet"):
+    with pytest.raises(error, match=message):
         Trainer(model, optimizer, DiceLoss(), *loaders, distributed=distributed)

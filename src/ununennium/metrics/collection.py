@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -92,12 +92,41 @@ class MetricCollection:
         for source in self._sources:
             source.update(outputs, targets)
 
-    def compute(self) -> dict[str, float]:
-        """Return every figure as a float; vectors and dicts as ``name/class`` or ``name/key``."""
+    def compute(self, total: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Return every figure as a float; vectors and dicts as ``name/class`` or ``name/key``.
+
+        Parameters
+        ----------
+        total : callable, optional
+            Sums a tensor over several processes, so that figures are those of all. Metrics of torchmetrics ask the
+            process group themselves; others have a method ``reduced(total)`` that returns the metric of all.
+        """
+        whole: dict[int, Any] = {}
+        if total is not None:
+            whole = {id(s): s.reduced(total) for s in self._sources if hasattr(s, "reduced")}
         figures: dict[str, float] = {}
         for name, metric in self._metrics.items():
-            figures |= _flat(name, metric.compute(), getattr(metric, "class_names", None))
+            over_all: Any = whole.get(id(metric), metric)
+            if isinstance(metric, ConfusionMetric) and id(metric.confusion) in whole:
+                over_all = metric.over(whole[id(metric.confusion)])
+            figures |= _flat(name, over_all.compute(), getattr(metric, "class_names", None))
         return figures
+
+    def check_reducible(self) -> None:
+        """Raise for a metric whose figure can't be that of several processes.
+
+        Raises
+        ------
+        TypeError
+            Naming the metric, and what it lacks.
+        """
+        for source in self._sources:
+            parts = source.modules() if isinstance(source, nn.Module) else ()
+            if not hasattr(source, "reduced") and not any(hasattr(part, "sync") for part in parts):
+                raise TypeError(
+                    f"{type(source).__name__} can't be computed over several processes: give it a method "
+                    "reduced(total) that returns the metric of all, where total(tensor) sums a tensor over them"
+                )
 
     def reset(self) -> None:
         """Reset every metric."""
@@ -123,6 +152,21 @@ class MetricCollection:
             raise ValueError(f"the counts are of the metrics {state['names']}, these are {list(self._metrics)}")
         for source, of_source in zip(self._sources, state["states"], strict=True):
             _take_over(source, of_source)
+
+    def absorb(self, state: dict[str, Any]) -> None:
+        """Add what another process has counted.
+
+        Raises
+        ------
+        ValueError
+            If there is a metric that is not read from a confusion matrix: how its states add up nobody knows.
+        """
+        for source, of_source in zip(self._sources, state["states"], strict=True):
+            if not isinstance(source, ConfusionMatrix):
+                raise ValueError(
+                    f"what several processes have counted for {type(source).__name__} can't be put together"
+                )
+            source.absorb(of_source)
 
     def to(self, device: torch.device) -> "MetricCollection":
         """Move metrics that keep their state on one device (torchmetrics); ours follow the batches."""

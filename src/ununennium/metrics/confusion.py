@@ -1,8 +1,9 @@
 """The confusion matrix and what is read from it."""
 
+import copy
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -125,9 +126,20 @@ class ConfusionMatrix:
         self._counts.zero_()
         self._ignored.zero_()
 
+    def reduced(self, total: Callable[[Tensor], Tensor]) -> "ConfusionMatrix":
+        """Return the matrix of all processes; ``total`` sums a tensor over them."""
+        whole = ConfusionMatrix(self.num_classes, self.ignore_index)
+        whole._counts, whole._ignored = total(self._counts), total(self._ignored)
+        return whole
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the counts so far: the live tensors."""
         return {"counts": self._counts, "ignored": self._ignored}
+
+    def absorb(self, state: dict[str, Tensor]) -> None:
+        """Add the counts of another process, as its ``state_dict`` gave them."""
+        self._counts = self._counts + state["counts"].to(self._counts.device)
+        self._ignored = self._ignored + state["ignored"].to(self._ignored.device)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from counts that ``state_dict`` gave.
@@ -219,6 +231,16 @@ class ConfusionMetric(ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from counts that ``state_dict`` gave; see `ConfusionMatrix.load_state_dict`."""
         self.confusion.load_state_dict(state)
+
+    def reduced(self, total: Callable[[Tensor], Tensor]) -> "ConfusionMetric":
+        """Return the figure of all processes; ``total`` sums a tensor over them."""
+        return self.over(self.confusion.reduced(total))
+
+    def over(self, confusion: ConfusionMatrix) -> "ConfusionMetric":
+        """Return the same figure over another matrix."""
+        twin = copy.copy(self)
+        twin.confusion = confusion
+        return twin
 
     @abstractmethod
     def _figures(self, correct: Tensor, true: Tensor, predicted: Tensor) -> Tensor: ...

@@ -54,6 +54,17 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_distributed(distributed: Any, backend: Any, sync_batchnorm: bool) -> None:
+    """Raise for a kind of distribution that there is not, or settings of one that is not asked for."""
+    if distributed == "fsdp":
+        raise NotImplementedError('distributed="fsdp" is not built yet: use distributed=True')
+    if not isinstance(distributed, bool):
+        raise ValueError(f'distributed must be False, True or "fsdp", got {distributed!r}')
+    if not distributed and (backend is not None or sync_batchnorm):
+        name = "backend" if backend is not None else "sync_batchnorm"
+        raise ValueError(f"{name} is for several processes: use it with distributed=True, or leave it out")
+
+
 def check_clip_norm(value: Any) -> None:
     """Raise unless ``value`` is None or a positive, finite number."""
     if value is None:

@@ -31,3 +31,7 @@ class DamagedCheckpointError(CheckpointError):
 
 class Preempted(SystemExit):
     """A run that a signal ended between two steps, its checkpoint written; uncaught it exits with code 143."""
+
+
+class ProcessError(RuntimeError):
+    """Another process of a distributed run that failed or ended."""

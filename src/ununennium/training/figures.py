@@ -1,6 +1,7 @@
 """The figures of a pass over a loader: the mean loss, and the metrics."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,13 @@ from torch import Tensor
 
 from ununennium.metrics import MetricCollection
 from ununennium.training.step import BatchResult
+
+Gather = Callable[[Any], list[Any]]
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
 
 _GATHERED = 64  # batches whose losses are gathered before they are summed, so that a step costs two list appends
 
@@ -47,13 +55,15 @@ class RunningMean:
         if len(self._values) == _GATHERED:
             self._gather()
 
-    def compute(self) -> float:
-        """Return the mean; NaN if nothing was counted."""
+    def compute(self, gather: Gather = _alone) -> float:
+        """Return the mean, over all processes if ``gather`` asks them; NaN if nothing was counted."""
         if self._values:
             self._gather()
-        if self._sums is None:
+        all_sums = [sums for sums in gather(None if self._sums is None else self._sums.tolist()) if sums is not None]
+        if not all_sums:
             return float("nan")
-        total, self.count, bad = self._sums.tolist()
+        totals, counts, bads = zip(*all_sums, strict=True)
+        total, self.count, bad = math.fsum(totals), math.fsum(counts), min(bads)
         self.first_not_finite = None if math.isinf(bad) else int(bad)
         return total / self.count if self.count else float("nan")
 
@@ -72,6 +82,19 @@ class RunningMean:
         self._counts = [c.to(device) if isinstance(c, Tensor) else c for c in state["counts"]]
         self._sums = None if state["sums"] is None else state["sums"].to(device)
         self._gathered = state["gathered"]
+
+    def absorb(self, state: dict[str, Any], device: torch.device) -> None:
+        """Add the sums of another process."""
+        other = RunningMean(self._finite_only)
+        other.load_state_dict(state, device)
+        for part in (self, other):
+            if part._values:
+                part._gather()
+        if self._sums is None or other._sums is None:
+            self._sums = other._sums if self._sums is None else self._sums
+        else:
+            both = self._sums + other._sums
+            self._sums = torch.stack([both[0], both[1], torch.minimum(self._sums[2], other._sums[2])])
 
     def _gather(self) -> None:
         device = self._values[0].device
@@ -131,9 +154,9 @@ class Figures:
         """Return the names that ``compute`` gives, as far as they are known before."""
         return [self.prefix + name for name in ("loss", *self.metrics.names())]
 
-    def compute(self) -> dict[str, float]:
-        """Return the figures of the pass by name."""
-        figures = {"loss": self.loss.compute(), **self.metrics.compute()}
+    def compute(self, gather: Gather = _alone, total: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Return the figures of the pass by name; of all processes, given how to gather from them and how to sum."""
+        figures = {"loss": self.loss.compute(gather), **self.metrics.compute(total)}
         return {self.prefix + name: value for name, value in figures.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,3 +174,8 @@ class Figures:
         self.metrics.load_state_dict(state["metrics"])
         self.metrics.to(device)
         self.loss.load_state_dict(state["loss"], device)
+
+    def absorb(self, state: dict[str, Any], device: torch.device) -> None:
+        """Add what another process has summed."""
+        self.metrics.absorb(state["metrics"])
+        self.loss.absorb(state["loss"], device)

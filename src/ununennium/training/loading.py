@@ -64,11 +64,15 @@ class LoadedBatch(NamedTuple):
         What its sampler gave for it; None for iterables, whose indices nobody sees.
     digest : str
         Of all indices of the epoch up to and with these; equal orders have equal digests.
+    counts : bool
+        Whether the batch is of this process. False where a global batch has fewer samples than there are processes:
+        one that would have none is given a sample of another, to be trained on without effect.
     """
 
     batch: Any
     indices: Any
     digest: str
+    counts: bool = True
 
 
 class EpochLoader:
@@ -91,19 +95,32 @@ class EpochLoader:
         The user's loader.
     stream : int
         Tells loaders with the same seed apart.
+    rank, size : int
+        Which of how many processes this is. The loader's batch size is what one process takes; every process draws the
+        same order, cuts it into batches for all, and loads its share of each.
+    pads : bool, default True
+        Give a process whose share is empty a sample of another, so that all run through as many batches; else it has
+        fewer.
 
     Raises
     ------
     ValueError
-        For a loader with ``in_order=False``, whose order is left to chance.
+        For a loader with ``in_order=False``, whose order is left to chance; for several processes over an iterable
+        dataset, whose shares nobody can cut.
     """
 
-    def __init__(self, loader: Iterable[Any], stream: int) -> None:
+    def __init__(self, loader: Iterable[Any], stream: int, rank: int = 0, size: int = 1, pads: bool = True) -> None:
         self.loader = loader
+        self._rank, self._size, self._pads = rank, size, pads
         self._stream = stream
         self._twin: DataLoader[Any] | None = None
         self._private: RandomState | None = None
         self._order: Order | None = None
+        if size > 1 and not (isinstance(loader, (list, tuple)) or _is_mapped(loader)):
+            raise ValueError(
+                f"the loader ({type(loader).__name__}) can't be shared out among {size} processes exactly, as nobody "
+                "knows what it will give: pass a DataLoader over a dataset with __getitem__ and __len__"
+            )
         if not isinstance(loader, DataLoader):
             return
         if loader.num_workers and not getattr(loader, "in_order", True):
@@ -111,7 +128,7 @@ class EpochLoader:
                 "the loader has in_order=False, so that its order depends on which worker is fastest and no run can be "
                 "repeated or resumed: use in_order=True"
             )
-        mapped = not isinstance(loader.dataset, IterableDataset)
+        mapped = _is_mapped(loader)
         if not mapped and self._remembers():
             return
         self._twin = copy.copy(loader)
@@ -122,7 +139,7 @@ class EpochLoader:
         }
         if mapped:
             batched = loader.batch_sampler is not None
-            self._order = Order(loader.batch_sampler or loader.sampler)
+            self._order = Order(loader.batch_sampler or loader.sampler, rank, size, pads)
             changes |= {
                 "batch_sampler": self._order,
                 "dataset": Keyed(loader.dataset, loader.collate_fn, batched),
@@ -131,17 +148,20 @@ class EpochLoader:
         self._twin.__dict__.update(changes)  # DataLoader.__setattr__ forbids assigning a sampler
 
     def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]
+        if self._order is not None:
+            return len(self._order)
+        return -(-len(self.loader) // self._size)  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, Any]:
         """Return what a run that goes on must have in common with the one that was left; None where it is unknown."""
         loader: Any = self.loader
         samples = _length(loader.dataset) if self._order is not None else None
         sizes = (getattr(source, "batch_size", None) for source in (loader, getattr(loader, "batch_sampler", None)))
+        batch_size = next((size for size in sizes if isinstance(size, int)), None)
         return {
             "samples": samples,
-            "batch_size": next((size for size in sizes if isinstance(size, int)), None),
-            "batches": _length(loader),
+            "batch_size": None if batch_size is None else batch_size * self._size,
+            "batches": _length(self),
         }
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -149,7 +169,7 @@ class EpochLoader:
         if self._order is not None or self._private is None or not self._remembers():
             return None
         random = self._private
-        return {"loader": self.loader.state_dict(), "random": [random.python, random.numpy, random.torch, []]}  # type: ignore[attr-defined]
+        return {"loader": self.loader.state_dict(), "random": random.as_list()}  # type: ignore[attr-defined]
 
     def indices(self, seed: int, epoch: int, batches: range) -> dict[int, Any]:
         """Return what the sampler gives for some batches of an epoch, by batch; empty for iterables."""
@@ -197,7 +217,7 @@ class EpochLoader:
         except Exception as error:
             error.add_note(f"This happened while batch {position} of epoch {epoch} was read.")
             raise
-        if position == 0:
+        if position == 0 and self._size == 1:
             raise ValueError(
                 f"the loader ({type(self.loader).__name__}) gave no batch in epoch {epoch}. An iterator that can be "
                 "run through only once serves one epoch: pass a DataLoader, or an object whose __iter__ starts anew."
@@ -221,7 +241,9 @@ class EpochLoader:
                 source.load_state_dict(state["loader"])
         self._private = private
         passed = 0 if state is not None else start
-        batches = _with_generators(source, private, at_once=1, left=left)
+        batches: Iterator[Any] = _with_generators(source, private, at_once=1, left=left)
+        if self._size > 1:
+            batches = _shared(batches, self._rank, self._size, self._pads)
         for number in range(passed):
             if next(batches, _END) is _END:
                 raise DataOrderError(
@@ -229,7 +251,7 @@ class EpochLoader:
                     "must give the same batches again"
                 )
         for batch in batches:
-            yield LoadedBatch(batch, None, "")
+            yield batch if isinstance(batch, LoadedBatch) else LoadedBatch(batch, None, "")
 
     def _remembers(self) -> bool:
         return all(callable(getattr(self.loader, name, None)) for name in ("state_dict", "load_state_dict"))
@@ -238,14 +260,26 @@ class EpochLoader:
 class Order:
     """The batch sampler of a twin: one epoch's indices, each batch with its key, drawn lazily.
 
+    Parameters
+    ----------
+    sampler : iterable
+        The user's batch sampler, or their sampler where there is none.
+    rank, size, pads
+        See `EpochLoader`. Batches of `BatchSampler` are drawn for all processes together and cut into shares, so that
+        a batch for all holds the same samples whatever their number; of others each process takes one in turn.
+
     Attributes
     ----------
-    drawn : deque of (indices, digest)
+    drawn : deque of (indices, digest, counts)
         Of the batches drawn and not yet yielded by the loader.
     """
 
-    def __init__(self, sampler: Iterable[Any]) -> None:
-        self.drawn: deque[tuple[Any, str]] = deque()
+    def __init__(self, sampler: Any, rank: int = 0, size: int = 1, pads: bool = True) -> None:
+        self.drawn: deque[tuple[Any, str, bool]] = deque()
+        self._rank, self._size, self._pads = rank, size, pads
+        self._cuts = type(sampler) is BatchSampler
+        if size > 1 and self._cuts:
+            sampler = BatchSampler(sampler.sampler, sampler.batch_size * size, sampler.drop_last)
         self._sampler = sampler
         self._key: Key = ()
         self._start = 0
@@ -256,16 +290,23 @@ class Order:
         self._key, self._start, self._expected = key, start, digest
 
     def __len__(self) -> int:
-        return len(self._sampler)  # type: ignore[arg-type]
+        sampler: Any = self._sampler
+        if self._size == 1:
+            return len(sampler)
+        if not self._cuts:
+            return -(-len(sampler) // self._size)
+        samples, batch = len(_undivided(sampler.sampler)), sampler.batch_size
+        return int(samples // batch if sampler.drop_last else -(-samples // batch))
 
     def draw(self, key: Key) -> Iterator[tuple[int, Any]]:
         """Draw the order of a (seed, stream, epoch) from its beginning: numbers of batches and their indices."""
         seeds = random.Random(_seed(key))
-        sampler = _fresh(self._sampler, seeds, epoch=key[-1])
+        sampler = _fresh(self._sampler, seeds, epoch=key[-1], divided=self._size == 1)
         private = None if _self_contained(sampler) else RandomState.seeded(seeds.getrandbits(32))
-        return enumerate(_with_generators(sampler, private, _DRAWN_AT_ONCE))
+        drawn = _with_generators(sampler, private, _DRAWN_AT_ONCE)
+        return enumerate(drawn if self._cuts or self._size == 1 else _together(drawn, self._size))
 
-    def __iter__(self) -> Iterator[tuple[Key, Any]]:
+    def __iter__(self) -> Iterator[tuple[Key, int, Any]]:
         self.drawn.clear()
         digest = hashlib.blake2b(digest_size=16)
         end = -1
@@ -274,10 +315,22 @@ class Order:
                 self._compare(digest.hexdigest())
             digest.update(_text(indices))
             if end >= self._start:
-                self.drawn.append((indices, digest.hexdigest()))
-                yield (*self._key, end), indices
+                first, share, counts = (0, indices, True) if self._size == 1 else self._share(indices)
+                if counts or self._pads:
+                    self.drawn.append((indices, digest.hexdigest(), counts))
+                    yield (*self._key, end), first, share
         if end < self._start:
             self._compare(digest.hexdigest(), ended=end + 1 < self._start)
+
+    def _share(self, indices: Any) -> tuple[int, Any, bool]:
+        """Return this process's share of a batch for all: the place of its first sample, its indices, if it has any."""
+        if not self._cuts:
+            counts = self._rank < len(indices)
+            return self._rank, indices[self._rank if counts else 0], counts
+        each, more = divmod(len(indices), self._size)
+        first = self._rank * each + min(self._rank, more)
+        share = indices[first : first + each + (self._rank < more)]
+        return (first, share, True) if share else (0, indices[:1], False)
 
     def _compare(self, digest: str, ended: bool = False) -> None:
         if self._start and self._expected is not None and (ended or digest != self._expected):
@@ -308,16 +361,16 @@ class Keyed(Dataset[Any]):
         self._draws = not (_draws_nothing(dataset) and collate in (default_collate, default_convert))
         self._held: list[Any] | None = None
 
-    def __getitems__(self, place: tuple[Key, Any]) -> Any:
-        """Return the collated batch at a (key, indices)."""
-        key, indices = place
+    def __getitems__(self, place: tuple[Key, int, Any]) -> Any:
+        """Return the collated batch at a (key, first place in that batch, indices)."""
+        key, first, indices = place
         if not self._draws:
             return self.collate([self.dataset[i] for i in indices] if self.batched else self.dataset[indices])
         if self._held is None:
             self._held = held_generators(self.dataset)
         in_worker = get_worker_info() is not None
         with nullcontext() if in_worker else RandomState.capture(devices=False).put_back():
-            words = _words(key, len(indices) if self.batched and not self._at_once else 1)
+            words = _words(key, first, len(indices) if self.batched and not self._at_once else 1)
             if not self.batched or self._at_once:
                 self._seed(next(words))
                 samples = self.dataset.__getitems__(list(indices)) if self.batched else self.dataset[indices]
@@ -452,14 +505,14 @@ def _with_generators(
             return
 
 
-def _words(key: Key, count: int) -> Iterator[tuple[int, int, int]]:
-    """Hash a key to ``count`` times 3 × 32 bits, all that PyTorch's CPU generator uses of a seed."""
-    digest = hashlib.shake_128(struct.pack(f"<{len(key)}q", *key)).digest(12 * count)
-    return struct.iter_unpack("<3I", digest)
+def _words(key: Key, first: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """Hash a key to 3 × 32 bits, all that PyTorch's CPU generator uses of a seed, for ``count`` places in a batch."""
+    digest = hashlib.shake_128(struct.pack(f"<{len(key)}q", *key)).digest(12 * (first + count))
+    return struct.iter_unpack("<3I", digest[12 * first :])
 
 
 def _seed(key: Key) -> int:
-    return next(_words(key, 1))[0]
+    return next(_words(key, 0, 1))[0]
 
 
 def _text(indices: Any) -> bytes:
@@ -483,9 +536,40 @@ def _set_epoch(target: Any, epoch: int) -> None:
         method(epoch)
 
 
-def _fresh(sampler: Any, seeds: random.Random, epoch: int) -> Any:
-    """Copy a sampler, and the samplers in it, with generators seeded anew and told the epoch."""
-    twin = copy.copy(sampler)
+def _is_mapped(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def _together(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Yield so many items at a time, the last time what is left."""
+    while group := list(islice(items, size)):
+        yield group
+
+
+def _shared(batches: Iterator[Any], rank: int, size: int, pads: bool) -> Iterator[LoadedBatch]:
+    """Yield one process's batches of a list."""
+    for group in _together(batches, size):
+        if rank < len(group) or pads:
+            counts = rank < len(group)
+            yield LoadedBatch(group[rank if counts else 0], None, "", counts)
+
+
+def _undivided(sampler: Any) -> Any:
+    """Return a sampler that a user divided among processes as the whole that it divides."""
+    if not isinstance(sampler, DistributedSampler):
+        return sampler
+    whole = copy.copy(sampler)
+    whole.num_replicas, whole.rank = 1, 0
+    whole.num_samples = whole.total_size = len(sampler.dataset)  # type: ignore[arg-type]
+    return whole
+
+
+def _fresh(sampler: Any, seeds: random.Random, epoch: int, divided: bool = True) -> Any:
+    """Copy a sampler, and the samplers in it, with generators seeded anew and told the epoch.
+
+    With ``divided=False`` a `DistributedSampler` is taken for the whole that it divides: who shares out is not it.
+    """
+    twin = copy.copy(sampler if divided else _undivided(sampler))
     for name, value in list(getattr(twin, "__dict__", {}).items()):
         fresh: Any
         if isinstance(value, torch.Generator) or (value is None and name == "generator"):
@@ -494,7 +578,7 @@ def _fresh(sampler: Any, seeds: random.Random, epoch: int) -> Any:
             fresh = copy.deepcopy(value)
             reseed(fresh, seeds.getrandbits(32))
         elif isinstance(value, Sampler):
-            fresh = _fresh(value, seeds, epoch)
+            fresh = _fresh(value, seeds, epoch, divided)
         elif isinstance(value, (list, dict, set, np.ndarray)):
             fresh = copy.copy(value)  # some samplers shuffle their own list in place
         else:

@@ -1,5 +1,6 @@
 """The global random generators, taken and put back."""
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def mixed(*numbers: int) -> int:
+    """Return a 32-bit seed that differs for different numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "little")
 
 
 @dataclass
@@ -42,6 +48,10 @@ class RandomState:
         """Return the states that seeding everything on the CPU with one 32-bit number gives."""
         python, numpy = random.Random(seed).getstate(), np.random.RandomState(seed).get_state()
         return cls(python, numpy, torch.Generator().manual_seed(seed).get_state(), [])
+
+    def as_list(self) -> list[Any]:
+        """Return the states as plain data, from which ``RandomState(*…)`` makes them again."""
+        return [self.python, self.numpy, self.torch, self.devices]
 
     def restore(self) -> None:
         """Put the states back."""

@@ -67,8 +67,8 @@ class RunFigures:
         """Return what the pass over the training data has summed so far, as live tensors in plain data."""
         return {"num_classes": self._num_classes, "train": self.train.state_dict()}
 
-    def after(self, state: dict[str, Any] | None) -> "RunFigures":
-        """Return figures that go on from what ``state_dict`` gave; these stay as they are.
+    def after(self, states: Sequence[dict[str, Any]]) -> "RunFigures":
+        """Return figures that go on from what ``state_dict`` gave, in one or several processes; these stay as they are.
 
         Raises
         ------
@@ -76,10 +76,10 @@ class RunFigures:
             If it is of other metrics.
         """
         own = RunFigures(self._given, self._loss_fn, self._device, self._finite_only)
-        if state is not None:
+        for number, state in enumerate(states):
             if not own.known and state["num_classes"] is not None:
                 own._settle(state["num_classes"])
-            own.train.load_state_dict(state["train"], self._device)
+            (own.train.absorb if number else own.train.load_state_dict)(state["train"], self._device)
         return own
 
     def _settle(self, classes: int) -> None:

@@ -43,8 +43,15 @@ class Signals:
     def __exit__(self, *error: object) -> None:
         self._put_back()
 
-    def check(self) -> None:
-        """Raise what was asked for: KeyboardInterrupt for Ctrl-C, else `Preempted`."""
+    @property
+    def pending(self) -> bool:
+        """Whether a signal has come that was not acted on."""
+        return bool(self._number) and self.leaving is None
+
+    def check(self, elsewhere: bool = False) -> None:
+        """Raise what was asked for, here or in another process: KeyboardInterrupt for Ctrl-C, else `Preempted`."""
+        if elsewhere and not self._number:
+            self._number = signal.SIGTERM
         if self._number and self.leaving is None:
             asked = self._number == signal.SIGINT
             self.leaving = KeyboardInterrupt() if asked else Preempted(128 + signal.SIGTERM)

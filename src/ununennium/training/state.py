@@ -24,6 +24,8 @@ class TrainState:
         Optimizer steps that the loss scaler left out because a gradient overflowed.
     nonfinite_steps : int
         Optimizer steps that ``on_nonfinite="skip"`` left out because loss or gradient was not finite.
+    unit : int
+        What counts of targets are measured in where several processes train, to keep fp16 in range; 0 until known.
     open_batches : int
         Batches since the last optimizer step. Where it is 0, between two windows, a run can be saved and left.
     validating : bool
@@ -44,6 +46,7 @@ class TrainState:
     optimizer_steps: int = 0
     skipped_steps: int = 0
     nonfinite_steps: int = 0
+    unit: int = 0
     open_batches: int = 0
     validating: bool = False
     stopping: bool = False

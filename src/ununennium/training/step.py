@@ -1,12 +1,14 @@
 """A batch forward and back, an optimizer step, an evaluated batch."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ununennium.training.distributed import Group
 from ununennium.training.errors import NonFiniteError
 from ununennium.training.precision import Precision
 from ununennium.training.state import TrainState
@@ -55,6 +57,8 @@ class Stepper:
         Upper limit of the 2-norm of the whole gradient.
     state : TrainState
         Its counters advance with the batches and steps.
+    group : Group
+        The processes that train together.
     skips : bool, default False
         Leave out a step whose loss or gradient is not finite, instead of raising. On an accelerator, the host then
         waits for the device once a window.
@@ -75,6 +79,7 @@ class Stepper:
         precision: Precision,
         clip_norm: float | None,
         state: TrainState,
+        group: Group,
         skips: bool = False,
     ) -> None:
         self.gradient_norm: Tensor | None = None
@@ -85,7 +90,10 @@ class Stepper:
         self._precision = precision
         self._clip_norm = clip_norm
         self._state = state
+        self._group = group
         self._skips = skips
+        self._forward: Any = compute_loss
+        self._reduced: list[bool] | None = None
         self._parameters: list[Tensor] = []
         self._buffers: list[Tensor] = []
         self._before: list[Tensor] = []
@@ -106,11 +114,23 @@ class Stepper:
         self.looks = all(p.device.type == "cpu" for p in self._parameters)
         self._buffers = list(buffers) if self._skips else []
 
-    def train(self, batch: Any, opens: bool, closes: bool) -> BatchResult:
+    def wrap(self, modules: Sequence[nn.Module], find_unused: bool) -> None:
+        """Have the gradient of these modules reduced over all processes at the end of a window."""
+        needed = [p.requires_grad for module in modules for p in module.parameters()]
+        if needed != self._reduced:  # at the beginning, and when a callback has frozen or freed some
+            self._reduced = needed
+            self._forward = self._group.wrap(self._compute_loss, modules, find_unused)
+
+    def train(self, batch: Any, opens: bool, closes: bool, counts: bool = True) -> BatchResult:
         """Run one batch, already on the device, forward and back; ``opens`` and ``closes`` say where in its window.
 
-        The optimizer steps in `step`, when the window is closed.
+        The optimizer steps in `step`, when the window is closed. A batch that does not count has no effect, but takes
+        part in what the processes do together.
         """
+        with nullcontext() if closes else self._group.gathering(self._forward):
+            return self._train(batch, opens, closes, counts)
+
+    def _train(self, batch: Any, opens: bool, closes: bool, counts: bool) -> BatchResult:
         if opens:
             self._window.clear()
             self._total = 0.0
@@ -119,18 +139,19 @@ class Stepper:
             if self._buffers:
                 self._before = [buffer.clone() for buffer in self._buffers]
         with self._precision.autocast():
-            loss, outputs, targets = self._compute_loss(batch)
-        count = self._count(outputs, targets, batch)
-        if self.looks and not count:
+            loss, outputs, targets = self._forward(batch)
+        count = self._count(outputs, targets, batch) if counts else 0
+        alone = self._group.size == 1
+        if alone and self.looks and not count:
             self._add_nothing()
         else:
-            if not self.looks:
+            if not self.looks or not alone:
                 _block_empty(outputs, count)
-            if opens and closes:
+            if alone and opens and closes:
                 self._precision.scale(loss).backward()
             else:
                 if opens:
-                    self._unit = max(targets.numel(), 1) if isinstance(targets, Tensor) else 1
+                    self._unit = self._unit_of(targets)
                 share = _exact(count, loss.device) / self._unit
                 self._total = self._total + share
                 self._precision.scale(loss).backward(share.to(loss.dtype))
@@ -140,8 +161,26 @@ class Stepper:
         self._state.open_batches += 1
         return BatchResult(loss, count, outputs.detach() if isinstance(outputs, Tensor) else outputs, targets)
 
-    def step(self) -> None:
-        """Close the window: divide, unscale, clip, step.
+    def _unit_of(self, targets: Any) -> int:
+        unit = max(targets.numel(), 1) if isinstance(targets, Tensor) else 1
+        if self._group.size == 1:
+            return unit
+        if not self._state.unit:  # the same in all processes, once for the run
+            self._state.unit = max(self._group.gather(unit))
+        return self._state.unit
+
+    def step(self, wishes: Sequence[float] = ()) -> Sequence[float]:
+        """Close the window: agree with the other processes, divide, unscale, clip, step.
+
+        Parameters
+        ----------
+        wishes : sequence of float
+            Numbers to be summed over the processes, in the one reduction that a window needs anyhow.
+
+        Returns
+        -------
+        sequence of float
+            Their sums.
 
         Raises
         ------
@@ -151,6 +190,10 @@ class Stepper:
         """
         self._state.open_batches = 0
         bad = self._bad_loss() if self.looks or self._skips else None
+        if self._group.size > 1:
+            num_bad, *wishes = self._agree([float(bad is not None), *wishes])
+            if num_bad and bad is None:
+                bad = NonFiniteError("the loss of another process was not finite: what it wrote names step and samples")
         if bad is None:
             bad = self._bad_gradient()
         if bad is not None:
@@ -159,6 +202,17 @@ class Stepper:
             self._state.optimizer_steps += 1
         else:
             self._state.skipped_steps += 1
+        return wishes
+
+    def _agree(self, numbers: Sequence[float]) -> list[float]:
+        """Sum the window's count and some numbers over the processes; return the numbers."""
+        total = self._total if isinstance(self._total, Tensor) else torch.zeros((), dtype=torch.float64)
+        votes = torch.cat(
+            [total.reshape(1).to(torch.float64), torch.tensor(numbers, dtype=torch.float64).to(total.device)]
+        )
+        votes = self._group.sum(votes)
+        self._total = votes[0] / self._group.size  # by which the reduction of the gradient has divided it already
+        return votes[1:].tolist()
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> BatchResult:
@@ -235,8 +289,12 @@ class Stepper:
 
 def _block_empty(outputs: Any, count: Tensor | int) -> None:
     """Let no gradient into the model if the batch holds no target, without waiting to know whether it does."""
-    if isinstance(count, Tensor) and isinstance(outputs, Tensor) and outputs.requires_grad:
+    if not isinstance(outputs, Tensor) or not outputs.requires_grad:
+        return
+    if isinstance(count, Tensor):
         outputs.register_hook(lambda gradient: torch.where(count > 0, gradient, 0))
+    elif not count:
+        outputs.register_hook(torch.zeros_like)
 
 
 def _exact(count: Tensor | int, device: torch.device) -> Tensor:

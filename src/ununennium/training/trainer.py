@@ -1,6 +1,7 @@
 """The Trainer: a run from its first batch to its last."""
 
 import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -16,12 +17,13 @@ from ununennium.training.batches import split_batch, to_device
 from ununennium.training.callbacks.base import Callback, CallbackList
 from ununennium.training.callbacks.checkpoint import CheckpointCallback
 from ununennium.training.callbacks.progress import ProgressCallback
-from ununennium.training.errors import CheckpointError, NonFiniteError
+from ununennium.training.distributed import group_on, join
+from ununennium.training.errors import CheckpointError, NonFiniteError, ProcessError
 from ununennium.training.explain import explain
 from ununennium.training.loading import EpochLoader, LoadedBatch
 from ununennium.training.modes import Modes, modes_restored
 from ununennium.training.precision import Precision
-from ununennium.training.random_state import RandomState
+from ununennium.training.random_state import RandomState, mixed
 from ununennium.training.run_figures import RunFigures
 from ununennium.training.signals import Signals
 from ununennium.training.state import TrainState
@@ -56,7 +58,9 @@ class Trainer:
     gradient_clip_norm : float, optional
         Upper limit of the 2-norm of the whole model's gradient, once per optimizer step.
     distributed : bool or "fsdp", default False
-        Not yet built: anything but ``False`` raises `NotImplementedError`.
+        Train in all processes that torchrun started with this one, or that share a process group made before. The
+        loaders' batch size is what one process takes: the global batch is that times their number, and holds the same
+        samples in the same order whatever their number. "fsdp" is not yet built and raises `NotImplementedError`.
     device : str or torch.device, optional
         By default CUDA, MPS or the CPU, whichever is there first.
     metrics : sequence of Metric, or mapping of str to Metric, optional
@@ -75,6 +79,9 @@ class Trainer:
         out, with the model as it was before it, and count it in ``nonfinite_steps`` of the logs. For that every
         gradient is looked at, and an accelerator waited for once a step. An overflow in fp16 is neither: the loss
         scaler leaves such steps out by itself.
+    sync_batchnorm : bool, default False
+        Let BatchNorm compute its statistics over all processes (CUDA only). By default each uses its own share of a
+        batch, and the running statistics are those of process 0.
     progress : bool, default True
         Show a progress bar and a table of epochs.
 
@@ -84,6 +91,10 @@ class Trainer:
         Seed, counters and record of the run.
     epochs : int
         The final epoch count of the running ``fit``.
+    rank, world_size : int
+        Number of this process, and how many there are. Process 0 prints and writes.
+    clock : float
+        Seconds that all processes read alike, as of the last optimizer step.
 
     Raises
     ------
@@ -110,6 +121,7 @@ class Trainer:
         find_unused_params: bool = False,
         seed: int | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        sync_batchnorm: bool = False,
         progress: bool = True,
     ) -> None:
         checks.check_model_and_loss(model, loss_fn)
@@ -125,9 +137,12 @@ class Trainer:
             checks.check_loader("val_loader", val_loader)
         elif metrics:
             raise ValueError("metrics need a val_loader: pass one, or leave the metrics out")
-        if distributed or backend is not None:
-            raise NotImplementedError("distributed training is not built yet: use distributed=False and no backend")
-        self.device = checks.resolve_device(device)
+        checks.check_distributed(distributed, backend, sync_batchnorm)
+        self.device = checks.resolve_device(join(backend, device) if distributed else device)
+        self._group = group_on(self.device, bool(distributed))
+        self.rank, self.world_size = self._group.rank, self._group.size
+        if sync_batchnorm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(self.device)
         self.optimizer = optimizer
         self.loss_fn = loss_fn.to(self.device) if isinstance(loss_fn, nn.Module) else loss_fn
@@ -138,22 +153,27 @@ class Trainer:
         self.find_unused_params = find_unused_params
         self.on_nonfinite = on_nonfinite
         self.precision = Precision(mixed_precision, self.device)
-        self.state = TrainState(seed=secrets.randbits(32) if seed is None else int(seed))
+        self.state: TrainState = self._group.of_leader(
+            lambda: TrainState(seed=secrets.randbits(32) if seed is None else int(seed))
+        )
         self.epochs = 0
-        given = list(callbacks or ())
-        shows = progress and not any(isinstance(callback, ProgressCallback) for callback in given)
+        self.clock = time.monotonic()
+        given = [c for c in callbacks or () if self._group.leads or not isinstance(c, ProgressCallback)]
+        shows = progress and self._group.leads and not any(isinstance(c, ProgressCallback) for c in given)
         self.callbacks = CallbackList([*given, *([ProgressCallback()] if shows else [])])
-        self._train_batches = EpochLoader(train_loader, stream=0)
-        self._val_batches = EpochLoader(() if val_loader is None else val_loader, stream=1)
+        share = self.rank, self.world_size
+        self._train_batches = EpochLoader(train_loader, 0, *share)
+        self._val_batches = EpochLoader(() if val_loader is None else val_loader, 1, *share, pads=False)
         self._stepper = Stepper(
             self.compute_loss, target_counter(loss_fn), optimizer, self.precision, gradient_clip_norm, self.state,
-            skips=on_nonfinite == "skip",
+            self._group, skips=on_nonfinite == "skip",
         )  # fmt: skip
         self._figures = RunFigures(metrics, loss_fn, self.device, finite_only=on_nonfinite == "skip")
         self._unseen = {True, False}  # whether training, for which no batch has been looked at
         self._entry: checkpoint.Entry | None = None  # where the next fit goes on
         self._writer = checkpoint.Writer()
         self._signals = Signals()
+        self._leaving = self._stopping = False  # what several processes have agreed on
         self._leavable = False  # whether a signal may end the validation that is under way
 
     def fit(self, epochs: int, start_epoch: int = 0, *, resume: str | Path | None = None) -> dict[str, list[float]]:
@@ -198,6 +218,7 @@ class Trainer:
         checks.check_passes("train_loader", self.train_loader, epochs - first)
         checks.check_passes("val_loader", self.val_loader, epochs - first)
         self._check_memories()
+        self._check_processes()
         modules = nn.ModuleList(self._modules())
         self._stepper.begin(modules.parameters(), modules.buffers())
         with self._signals, modes_restored(*self._modules()):
@@ -207,15 +228,18 @@ class Trainer:
             try:
                 for hook in self.callbacks.train_start:
                     hook(self)
-                if self._entry is not None:
+                if self._entry is not None and self._entry.random is not None:
                     self._entry.random.restore()
+                elif self.rank:  # a script seeds all processes alike: dropout must not be
+                    RandomState.seeded(mixed(self.state.seed, self.state.optimizer_steps, self.rank)).restore()
                 for epoch in range(first, epochs):
                     if self.state.stopping and not inside:
                         break
                     modes.restore()  # whatever a callback did
                     self._fit_epoch(epoch, inside)
                     inside = False
-                    self._signals.check()
+                    self.state.stopping = self._group.any(self.state.stopping)
+                    self._signals.check(self._group.any(self._signals.pending))
                 self._writer.wait()
             except BaseException as error:
                 self._leave(error)
@@ -232,6 +256,7 @@ class Trainer:
         with RandomState.capture().put_back() if inside else nullcontext():  # what they drew, they drew before
             for hook in self.callbacks.epoch_start:
                 hook(self, epoch)
+        self._stepper.wrap(self._modules(), self.find_unused_params)
         batches: Iterable[LoadedBatch] = ()
         if not (self.state.validating or (inside and self.state.stopping)):
             at = self.state.batch, self.state.digest, entry.loader if entry is not None else None
@@ -241,28 +266,29 @@ class Trainer:
             for hook in self.callbacks.batch_start:
                 hook(self, index)
             try:
-                result = self._stepper.train(to_device(loaded.batch, self.device), opens, closes)
-                self._observe(result, training=True)
+                result = self._stepper.train(to_device(loaded.batch, self.device), opens, closes, loaded.counts)
+                self._observe(result, True, loaded.counts)
             except Exception as error:
                 self._explain(error, loaded.batch, f"epoch {epoch}, batch {index}")
                 raise
             self.state.digest = loaded.digest
             if closes:
                 self.state.validating = self.state.open_batches < self.gradient_accumulation_steps  # the end cuts short
-                self._stepper.step()
+                self._step()
             for hook in self.callbacks.batch_end:
                 hook(self, index, {"train_loss": result.loss})
             del result  # its outputs need not live through the next forward
             if closes:
                 self._writer.check()
-                self._signals.check()
-                if self.state.stopping:
+                self._signals.check(self._leaving)
+                if self._stopping if self.world_size > 1 else self.state.stopping:
                     break
         self.state.validating = True
-        logs = self._figures.train.compute()
+        logs = self._figures.train.compute(*self._over_processes)
         self._check_finite(epoch)
         if self.val_loader is not None:
-            self._leavable = True
+            self._leavable = self.world_size == 1
+            self._group.follow_leader(b for module in self._modules() for b in module.buffers())
             logs |= self.validate()
             self._leavable = False
         if self.on_nonfinite == "skip":
@@ -295,13 +321,13 @@ class Trainer:
             for index, loaded in enumerate(self._val_batches.epoch(self.state.seed, epoch=0)):
                 try:
                     result = self._stepper.evaluate(to_device(loaded.batch, self.device))
-                    self._observe(result, training=False)
+                    self._observe(result, False)
                 except Exception as error:
                     self._explain(error, loaded.batch, f"validation batch {index}")
                     raise
                 if self._leavable:
                     self._signals.check()
-        return self._figures.val.compute()
+        return self._figures.val.compute(*self._over_processes)
 
     def compute_loss(self, batch: Any) -> tuple[Tensor, Any, Any]:
         """Return loss, outputs and targets of one batch, in training and in validation.
@@ -328,7 +354,8 @@ class Trainer:
     def save(self, path: str | Path, *, wait: bool = True, done: checkpoint.Done | None = None) -> Path:
         """Write a checkpoint of the whole run: whole or absent.
 
-        It holds the moment of the call, whatever the run does while it is written.
+        It holds the moment of the call, whatever the run does while it is written. Of several processes all have to
+        call this, and process 0 writes.
 
         Parameters
         ----------
@@ -364,15 +391,20 @@ class Trainer:
                 f"{self.state.open_batches} batches have gone into gradients that no optimizer step has used yet, and "
                 "a checkpoint does not hold gradients: save where trainer.state.open_batches is 0"
             )
+        contents = checkpoint.gather(self._run())
+        if not self._group.leads:
+            return Path(path)
         writer = checkpoint.Writer() if wait else self._writer
-        writer.save(Path(path), checkpoint.gather(self._run()), done)
+        writer.save(Path(path), contents, done)
         if wait:
             writer.wait()
         return Path(path)
 
     def prepare_save(self) -> None:
         """Have the memory ready that ``save(…, wait=False)`` needs, so that none of them has to wait for it."""
-        self._writer.reserve(checkpoint.gather(self._run()))
+        contents = checkpoint.gather(self._run())
+        if self._group.leads:
+            self._writer.reserve(contents)
 
     def load(self, path: str | Path) -> None:
         """Take over a checkpoint, or the one that a link (``best``, ``last``) leads to; the next ``fit`` goes on there.
@@ -425,7 +457,35 @@ class Trainer:
         """Tell whether more is better for a figure of the logs; None if no metric says so."""
         return self._figures.higher_is_better(name)
 
-    def _observe(self, result: BatchResult, training: bool) -> None:
+    def _step(self) -> None:
+        """Step, and learn what the processes have agreed on."""
+        if self.world_size == 1:
+            self._stepper.step()
+            self.clock = time.monotonic()
+            return
+        wishes = self._signals.pending, self.state.stopping, time.monotonic() if self._group.leads else 0.0
+        leaving, stopping, self.clock = self._stepper.step(list(map(float, wishes)))
+        self._leaving, self._stopping = leaving > 0, stopping > 0
+
+    @property
+    def _over_processes(self) -> tuple[Any, ...]:
+        return (self._group.gather, self._group.sum) if self.world_size > 1 else ()
+
+    def _check_processes(self) -> None:
+        """Raise where processes that train together can't, or were given different things."""
+        if self.world_size == 1:
+            return
+        for figures in (self._figures.train, self._figures.val):
+            figures.metrics.check_reducible()
+        own = {**self._settings(), "seed": self.state.seed, "epochs": self.epochs, "state": self.state.optimizer_steps}
+        for rank, other in enumerate(self._group.gather(own)):
+            for name, value in other.items():
+                if value != own[name]:
+                    raise ProcessError(
+                        f"{name} is {own[name]!r} in process {self.rank} and {value!r} in process {rank}"
+                    )
+
+    def _observe(self, result: BatchResult, training: bool, counts: bool = True) -> None:
         if training in self._unseen:
             self._unseen.remove(training)
             checks.check_loss(result.loss)
@@ -434,7 +494,8 @@ class Trainer:
             if not self._figures.known:
                 self._figures.settle(result)
                 self._check_monitors()
-        (self._figures.train if training else self._figures.val).update(result)
+        if counts:
+            (self._figures.train if training else self._figures.val).update(result)
 
     def _check_monitors(self) -> None:
         validates = self.val_loader is not None
@@ -475,24 +536,25 @@ class Trainer:
         folders = [c.path for c in self.callbacks.callbacks if isinstance(c, CheckpointCallback)]
         if not folders:
             raise ValueError('resume="auto" looks in the folder of a CheckpointCallback, and there is none: pass one')
-        found = [newest for newest in map(checkpoint.newest, folders) if newest is not None]
-        if found:
-            path, contents = max(found, key=lambda each: each[1].info["position"]["optimizer_steps"])
+        path = self._group.of_leader(lambda: checkpoint.newest_of(folders))
+        if path is not None:
             try:
-                self._take_over(contents)
+                self.load(path)
             except CheckpointError as error:
                 error.add_note(f"The checkpoint is {path}.")
                 raise
 
     def _take_over(self, contents: checkpoint.Contents) -> None:
+        random, states = checkpoint.of_rank(contents, self.rank, self.world_size)
         try:
-            figures = self._figures.after(contents.training["figures"])
+            figures = self._figures.after(states)
         except ValueError as error:
             raise CheckpointError(
                 f"the checkpoint was left inside an epoch with other metrics ({error}): pass the same, or go on from "
                 "one at an epoch's end"
             ) from error
-        self._entry = checkpoint.restore(contents, self._run())
+        entry = checkpoint.restore(contents, self._run())
+        self._entry = entry._replace(random=None if random is None else RandomState(*random))
         self._figures = figures
 
     def _leave(self, error: BaseException) -> None:
@@ -540,13 +602,20 @@ class Trainer:
             self.precision,
             self.callbacks.with_memory,
             self.state,
-            settings={
-                "gradient_accumulation_steps": self.gradient_accumulation_steps,
-                "gradient_clip_norm": self.gradient_clip_norm,
-                "mixed_precision": self.precision.name,
-                "train_loader": self._train_batches.describe(),
-                "val_loader": self._val_batches.describe(),
-            },
+            settings=self._settings(),
             figures=self._figures.state_dict() if inside else None,
             loader=self._train_batches.state_dict() if inside else None,
+            gather=self._gather,
         )
+
+    def _gather(self, value: Any) -> list[Any]:
+        return self._group.gather(to_device(value, torch.device("cpu")) if self.world_size > 1 else value)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "gradient_clip_norm": self.gradient_clip_norm,
+            "mixed_precision": self.precision.name,
+            "train_loader": self._train_batches.describe(),
+            "val_loader": self._val_batches.describe(),
+        }

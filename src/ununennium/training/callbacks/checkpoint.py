@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -109,10 +108,11 @@ class CheckpointCallback(Callback):
                     f"two CheckpointCallbacks (of {self.monitor!r} and {other.monitor!r}) write to {self.path}, and "
                     "would move each other's best and last: give each a folder of its own"
                 )
-        self._folder.open()
-        self._folder.catch_up(self._pointers, trainer.state.run)
+        if trainer.rank == 0:
+            self._folder.open()
+            self._folder.catch_up(self._pointers, trainer.state.run)
         self._prepared, self._at = False, None
-        self._step, self._seconds = trainer.state.optimizer_steps, time.monotonic()
+        self._step, self._seconds = trainer.state.optimizer_steps, trainer.clock
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Leave the folder to others."""
@@ -125,7 +125,7 @@ class CheckpointCallback(Callback):
         if not self._prepared:  # the optimizer has its state by now
             self._prepared = True
             trainer.prepare_save()
-        if self._is_due(trainer.state.optimizer_steps):
+        if self._is_due(trainer.state.optimizer_steps, trainer.clock):
             self.save(trainer)
 
     def on_epoch_end(self, trainer: Trainer, epoch: int, logs: dict[str, float]) -> None:
@@ -143,11 +143,11 @@ class CheckpointCallback(Callback):
         if self._at != _position(trainer):
             self._save(trainer, ["last"])
 
-    def _is_due(self, optimizer_steps: int) -> bool:
+    def _is_due(self, optimizer_steps: int, clock: float) -> bool:
         stepped, self._step = optimizer_steps != self._step, optimizer_steps
         if self.every_n_steps is not None and stepped and optimizer_steps % self.every_n_steps == 0:
             return True
-        return self.every_n_seconds is not None and time.monotonic() - self._seconds >= self.every_n_seconds
+        return self.every_n_seconds is not None and clock - self._seconds >= self.every_n_seconds
 
     def _save(self, trainer: Trainer, pointers: list[str], ranked: tuple[int, float] | None = None) -> None:
         name = self._folder.new_name(trainer.state.optimizer_steps)
@@ -169,7 +169,7 @@ class CheckpointCallback(Callback):
         except BaseException as error:
             done(error)
             raise
-        self._at, self._seconds = _position(trainer), time.monotonic()
+        self._at, self._seconds = _position(trainer), trainer.clock
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best values with their checkpoints, and where the pointers lead."""

@@ -165,6 +165,12 @@ def newest(path: Path) -> tuple[Path, Contents] | None:
     return None
 
 
+def newest_of(folders: Iterable[Path]) -> Path | None:
+    """Return the newest valid checkpoint of several folders, the one after most steps; None if there is none."""
+    found = [checkpoint for checkpoint in map(newest, folders) if checkpoint is not None]
+    return max(found, key=lambda each: each[1].info["position"]["optimizer_steps"])[0] if found else None
+
+
 def _names(path: Path) -> list[str]:
     if not path.is_dir():
         return []

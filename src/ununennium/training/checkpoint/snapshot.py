@@ -1,6 +1,6 @@
 """What a checkpoint holds of a run, gathered and put back under names that do not depend on wrappers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,10 +24,14 @@ class Stateful(Protocol):
         """Take over what ``state_dict`` gave."""
 
 
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
+
 class Entry(NamedTuple):
     """Where a restored run goes on: what is put in place at the last moment before it does."""
 
-    random: RandomState
+    random: RandomState | None
     loader: dict[str, Any] | None
 
 
@@ -40,6 +44,8 @@ class Run(NamedTuple):
         What a run that goes on must have in common with the one that was left.
     figures, loader : dict or None
         Sums and position inside an epoch; None between epochs, and for loaders that are entered by counting.
+    gather : callable
+        ``gather(value)`` returns what every process has, by rank, to all of them.
     """
 
     model: nn.Module
@@ -51,22 +57,24 @@ class Run(NamedTuple):
     settings: dict[str, Any]
     figures: dict[str, Any] | None = None
     loader: dict[str, Any] | None = None
+    gather: Callable[[Any], list[Any]] = _alone
 
 
 def gather(run: Run) -> Contents:
     """Collect everything that the next step depends on. Tensors are the live ones, not copies."""
     weights, extra = model_state(run.model)
-    random = RandomState.capture()
     loss_fn, state = run.loss_fn, run.state
+    own, *others = run.gather({"random": RandomState.capture().as_list(), "figures": run.figures})
     training = {
         "state": state.state_dict(),
         "settings": run.settings,
-        "figures": run.figures,
+        "figures": own["figures"],
         "loader": run.loader,
         "optimizer": _optimizer_state(run.optimizer, _names(run.model, loss_fn)),
         "precision": run.precision.state_dict(),
         "callbacks": [[_class_name(c), c.state_dict()] for c in run.callbacks],
-        "random": [random.python, random.numpy, random.torch, random.devices],
+        "random": own["random"],
+        "others": others,  # the same of the other processes, by rank
         "loss": dict(loss_fn.state_dict()) if isinstance(loss_fn, nn.Module) else {},
         "extra": extra,
     }
@@ -81,6 +89,18 @@ def check_memories(memories: Mapping[str, dict[str, Any]]) -> None:
     """Raise if what a checkpoint would have to hold is no plain data, naming where."""
     for name, memory in memories.items():
         pack(memory, {}, name)
+
+
+def of_rank(contents: Contents, rank: int, size: int) -> tuple[list[Any] | None, list[dict[str, Any]]]:
+    """Return a process's random state, if it had one, and the sums that it goes on from.
+
+    Among as many processes as before each goes on from its own sums; else process 0 takes over those of all.
+    """
+    training = contents.training
+    ranks = [{"random": training["random"], "figures": training["figures"]}, *training.get("others", [])]
+    mine = ranks[rank : rank + 1] if len(ranks) == size else ranks if rank == 0 else []
+    random = ranks[rank]["random"] if rank < len(ranks) else None
+    return random, [part["figures"] for part in mine if part["figures"] is not None]
 
 
 def restore(contents: Contents, run: Run) -> Entry:
@@ -117,7 +137,7 @@ def restore(contents: Contents, run: Run) -> Entry:
     _load_optimizer(optimizer, groups)
     run.precision.load_state_dict(training["precision"])
     run.state.load_state_dict(training["state"])
-    return Entry(RandomState(*training["random"]), training["loader"])
+    return Entry(None, training["loader"])
 
 
 def _compare(there: dict[str, Any], here: dict[str, Any]) -> None:

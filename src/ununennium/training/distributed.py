@@ -1,0 +1,171 @@
+"""The processes that train together: sums over all of them, their votes, and the gradient's reduction.
+
+One process alone has the same interface, in which every reduction is the identity.
+"""
+
+import atexit
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ununennium.training.errors import ProcessError
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Group:
+    """The processes that train together.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where tensors are that are summed.
+    rank, size : int
+        Number of this process, and how many there are. One alone needs no process group.
+
+    Attributes
+    ----------
+    leads : bool
+        Whether this is process 0, which prints and writes.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
+        self.device, self.rank, self.size = device, rank, size
+        self.leads = rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes, on the device."""
+        if self.size == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        self._call(dist.all_reduce, total)
+        return total
+
+    def any(self, wish: bool) -> bool:
+        """Tell whether a process wants something."""
+        return wish if self.size == 1 else bool(self.sum(torch.tensor(float(wish))).item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what every process has, by rank, to all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        self._call(dist.all_gather_object, values, value)
+        return values
+
+    def of_leader(self, make: Callable[[], Any]) -> Any:
+        """Return what process 0 makes, to all; an error in making it is raised by all."""
+        if self.size == 1:
+            return make()
+        made: list[Any] = [None, None]
+        if self.leads:
+            try:
+                made = [make(), None]
+            except Exception as error:
+                made = [None, error]
+        self._call(dist.broadcast_object_list, made, 0)
+        if made[1] is not None:
+            raise made[1]
+        return made[0]
+
+    def follow_leader(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors the values that they have in process 0."""
+        if self.size > 1:
+            for tensor in tensors:
+                self._call(dist.broadcast, tensor.detach(), 0)
+
+    def wrap(self, forward: Callable[[Any], Any], modules: Sequence[nn.Module], find_unused: bool) -> Any:
+        """Return what computes a batch, and reduces the gradient of the modules over all processes going backward."""
+        if self.size == 1:
+            return forward
+        return nn.parallel.DistributedDataParallel(_Forward(forward, modules), find_unused_parameters=find_unused)
+
+    def gathering(self, wrapped: Any) -> AbstractContextManager[Any]:
+        """Return a context in which gradients stay in this process, to be reduced with those of a later batch."""
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            context: AbstractContextManager[Any] = wrapped.no_sync()
+            return context
+        return nullcontext()
+
+    def _call(self, collective: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            collective(*arguments)
+        except RuntimeError as error:
+            raise ProcessError(
+                f"process {self.rank} lost the others: one of this run has ended, and what it wrote before tells why "
+                f"({str(error).splitlines()[0][:200]})"
+            ) from error
+
+
+class _Forward(nn.Module):
+    """A step as a module, so that a user's own may use several models and losses, and the model stays the user's."""
+
+    def __init__(self, forward: Callable[[Any], Any], modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        self._forward = forward
+
+    def forward(self, batch: Any) -> Any:
+        return self._forward(batch)
+
+
+def join(backend: str | None, device: str | torch.device | None) -> str | torch.device | None:
+    """Join the processes that torchrun started with this one, or those of a group that is there already.
+
+    Parameters
+    ----------
+    backend : str, optional
+        Of the process group; "nccl" on CUDA and "gloo" elsewhere by default.
+    device : str or torch.device, optional
+        Asked for; by default the CUDA device of the local rank.
+
+    Returns
+    -------
+    str or torch.device or None
+        The device to use.
+
+    Raises
+    ------
+    RuntimeError
+        In a process that torchrun did not start and that has no group.
+    ValueError
+        If a group that is there has another backend.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{local}"
+    on_cuda = device is not None and torch.device(device).type == "cuda"
+    if not dist.is_initialized():
+        missing = [name for name in _TORCHRUN if name not in os.environ]
+        if missing:
+            script = sys.argv[0] or "train.py"
+            raise RuntimeError(
+                f"distributed training needs a process that torchrun has started ({', '.join(missing)} are not set): "
+                f"run\n    torchrun --nproc_per_node={max(torch.cuda.device_count(), 2)} {script}\n"
+                "or use distributed=False, or make a process group before the Trainer"
+            )
+        if on_cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend or ("nccl" if on_cuda else "gloo"))
+        atexit.register(_leave)
+    elif backend is not None and dist.get_backend() != backend:
+        raise ValueError(
+            f"backend={backend!r}, but the process group that is there has {dist.get_backend()!r}: leave backend out"
+        )
+    return device
+
+
+def group_on(device: torch.device, distributed: bool) -> Group:
+    """Return the processes that train together, which were joined before."""
+    return Group(device, dist.get_rank(), dist.get_world_size()) if distributed else Group(device)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
