@@ -3,6 +3,8 @@
 import random
 import time
 from collections import namedtuple
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -286,23 +288,94 @@ def test_the_users_worker_init_fn_finds_the_users_dataset():
     assert [b.batch.tolist() for b in loader.epoch(7, 0)] == [[40, 40], [41, 41]]
 
 
-def test_a_sampler_with_a_hidden_memory_is_an_error():
-    """It counts its own epochs, so a copy can't be brought to where it was."""
+class Remembers(Sampler):
+    """Counts its own epochs where no copy of it can be brought back."""
 
-    calls = []
+    calls: ClassVar[list] = []
 
-    class Remembers(Sampler):
-        def __iter__(self):
-            calls.append(1)
-            return iter(torch.randperm(SIZE, generator=torch.Generator().manual_seed(len(calls))).tolist())
+    def __iter__(self):
+        self.calls.append(1)
+        return iter(torch.randperm(SIZE, generator=torch.Generator().manual_seed(len(self.calls))).tolist())
 
+    def __len__(self):
+        return SIZE
+
+
+class Hidden(Sampler):
+    """Keeps its generator in a helper."""
+
+    def __init__(self):
+        self.helper = Holder()
+
+    def __iter__(self):
+        return iter(self.helper.generators[0].permutation(SIZE).tolist())
+
+    def __len__(self):
+        return SIZE
+
+
+@pytest.mark.parametrize("sampler", [Remembers, Hidden])
+def test_a_sampler_with_a_hidden_memory_is_an_error_in_any_epoch(sampler):
+    with pytest.raises(DataOrderError, match=rf"sampler \({sampler.__name__}\) gives another order each time"):
+        seen(DataLoader(data, batch_size=4, sampler=sampler()), 0)
+
+
+def test_another_order_than_the_one_that_was_left_is_an_error():
+    _, _, digests = seen(LOADERS["own batch sampler"](), 0)
+    with pytest.raises(DataOrderError, match=r"other samples than when the run was left.*EpochBatches"):
+        seen(LOADERS["own batch sampler"](), 1, start=2, digest=digests[1])
+
+
+RNG = np.random.default_rng(0)
+
+
+def _by_global(x):
+    return RNG.random()
+
+
+def _by_default(x, rng=np.random.default_rng(1)):  # noqa: B008
+    return rng.random()
+
+
+class Slotted:
+    __slots__ = ("rng",)
+    shared = random.Random(2)
+
+    def __init__(self):
+        self.rng = np.random.default_rng(2)
+
+    def __call__(self, x):
+        return self.rng.random() + self.shared.random()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [_by_global, _by_default, Slotted(), partial(_by_default, rng=np.random.default_rng(3))],
+    ids=["global", "default argument", "slots and class", "partial"],
+)
+def test_generators_are_seeded_wherever_transforms_keep_them(transform):
+    class Transformed(Dataset):
         def __len__(self):
             return SIZE
 
-    loader = DataLoader(data, batch_size=4, sampler=Remembers())
-    _, _, digests = seen(loader, 0)
-    with pytest.raises(DataOrderError, match=r"other samples than when the run was left.*Remembers"):
-        seen(loader, 0, start=2, digest=digests[1])
+        def __getitem__(self, index):
+            return torch.tensor([index, transform(index)], dtype=torch.float64)
+
+    loader = DataLoader(Transformed(), batch_size=4, shuffle=True)
+    whole = seen(loader, 1)
+    assert seen(loader, 1) == whole
+    assert seen(loader, 1, start=2)[0] == whole[0][2:]
+
+
+class Splits(DataLoader):
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield from batch.split(2)
+
+
+def test_a_loader_that_yields_other_batches_than_it_draws_says_so():
+    with pytest.raises(ValueError, match=r"Splits has an __iter__ of its own.*use a plain DataLoader"):
+        seen(Splits(data, batch_size=4), 0)
 
 
 def test_another_dataset_or_batch_size_is_an_error():

@@ -20,6 +20,7 @@ from ununennium.training import (
     Callback,
     CheckpointCallback,
     CheckpointError,
+    EarlyStoppingCallback,
     LRSchedulerCallback,
     Trainer,
 )
@@ -469,3 +470,177 @@ def test_a_fresh_start_after_an_interrupted_one_begins_anew(tmp_path):
     trainer.fit(1)
     assert len(trainer.history["train_loss"]) == 1
     assert os.listdir(tmp_path).count("last") == 1
+
+
+class Scores(Callback):
+    """Adds figures of any numeric type."""
+
+    log_names = ("score",)
+
+    def on_epoch_end(self, trainer, epoch, logs):
+        logs["score"] = [np.float32(0.1), np.float64(0.9), torch.tensor(0.2), 0][epoch]
+
+
+def test_figures_of_any_numeric_type_are_saved_as_floats(tmp_path):
+    trainer, expected, checkpoints = whole_run(tmp_path / "whole", callbacks=[Scores()])
+    assert trainer.history["score"] == pytest.approx([0.1, 0.9, 0.2, 0.0])
+    assert resumed(checkpoints[9], tmp_path / "resumed", callbacks=[Scores()])[1] == expected
+
+    class Word(Callback):
+        def on_epoch_end(self, trainer, epoch, logs):
+            logs["word"] = "good"
+
+    with pytest.raises(TypeError, match=r"logs hold numbers, but a callback has set 'word' to 'good'"):
+        build(tmp_path / "word", callbacks=[Word()]).fit(1)
+
+
+def test_two_checkpoint_callbacks_remember_both_bests(tmp_path):
+    """Each checkpoint holds what all have judged, whichever is resumed from (trap 12)."""
+
+    def trainer_of(epochs):
+        second = CheckpointCallback(tmp_path / "score", "score", mode="max")
+        trainer = build(tmp_path / "iou", seed=3, callbacks=[Scores(), second])
+        trainer.fit(epochs, resume="auto")
+        return second
+
+    trainer_of(2)
+    best = (tmp_path / "score" / "best").resolve()
+    assert trainer_of(3).best == pytest.approx(0.9)
+    assert (tmp_path / "score" / "best").resolve() == best
+    assert best.is_dir()
+
+
+class StopsAfter(Callback):
+    def on_epoch_end(self, trainer, epoch, logs):
+        if epoch == 1:
+            trainer.stop()
+
+
+def test_a_run_that_was_stopped_is_over_also_for_a_resume(tmp_path):
+    first = build(tmp_path, seed=3, callbacks=[StopsAfter()])
+    first.fit(EPOCHS)
+    assert first.state.epoch == 2
+    second = build(tmp_path)
+    assert len(second.fit(EPOCHS, resume="auto")["train_loss"]) == 2
+    third = build(tmp_path)
+    third.load(tmp_path / "last")
+    third.state.stopping = False
+    assert len(third.fit(EPOCHS)["train_loss"]) == EPOCHS
+
+
+class Unfreezes(Callback):
+    """Frees what the script has frozen, in one epoch and never again."""
+
+    def on_epoch_start(self, trainer, epoch):
+        if epoch == 1 and not trainer.state.batch:
+            trainer.model[0].weight.requires_grad_(True)
+
+
+def frozen():
+    model = network()
+    model[0].weight.requires_grad_(False)
+    return model
+
+
+def test_what_a_callback_has_unfrozen_stays_so(tmp_path):
+    random.seed(1), np.random.seed(1)
+    keep = {"keep_last": 1000}
+    torch.manual_seed(0)
+    whole = build(tmp_path / "whole", seed=3, unseeded=False, checkpoints=keep, model=frozen(), callbacks=[Unfreezes()])
+    whole.fit(EPOCHS)
+    for checkpoint in checkpoints_in(tmp_path / "whole")[2::3]:
+        again = build(tmp_path / checkpoint.name, checkpoints=keep, model=frozen(), callbacks=[Unfreezes()])
+        again.fit(EPOCHS, resume=checkpoint)
+        assert digest(again) == digest(whole), checkpoint
+        whole_state = whole.state.optimizer_steps
+    assert whole_state == EPOCHS * 4
+
+
+class Drifts(torch.nn.Module):
+    """A buffer that the state_dict leaves out and the forward changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+        return x * (1 + 0.01 * self.seen)
+
+
+def test_buffers_that_the_state_dict_leaves_out_come_back(tmp_path):
+    random.seed(1), np.random.seed(1)
+    torch.manual_seed(0)
+    keep = {"keep_last": 1000}
+    whole = build(tmp_path / "whole", seed=3, checkpoints=keep, model=nn.Sequential(Drifts(), *network()))
+    whole.fit(EPOCHS)
+    for checkpoint in checkpoints_in(tmp_path / "whole")[4::6]:
+        again = build(tmp_path / checkpoint.name, checkpoints=keep, model=nn.Sequential(Drifts(), *network()))
+        again.fit(EPOCHS, resume=checkpoint)
+        assert again.history == whole.history
+
+
+def test_a_checkpoint_of_a_run_that_has_not_gone_on_yet_leads_to_the_same_end(tmp_path):
+    _, expected, checkpoints = whole_run(tmp_path / "whole")
+    between = build(tmp_path / "between")
+    between.load(checkpoints[6])
+    torch.manual_seed(4)
+    between.save(tmp_path / "again")
+    assert resumed(tmp_path / "again", tmp_path / "resumed")[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"total_steps": 32}, r"OneCycleLR had total_steps=16, this one has 32"),
+        ({"step_on": "epoch"}, r"OneCycleLR had step_on='batch', this one has 'epoch'"),
+        ({"weight_decay": 0.5}, r"optimizer weight_decay=0\.01, this one has 0\.5"),
+        ({"monitor": "val_dice"}, r"CheckpointCallback monitored 'val_iou', this one 'val_dice'"),
+        ({"stopping": "val_iou"}, r"EarlyStoppingCallback monitored 'val_loss', this one 'val_iou'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_a_checkpoint_would_silently_override_are_refused_by_name(tmp_path, change, message):
+    def trainer_of(folder, total_steps=16, step_on="batch", weight_decay=0.01, monitor="val_iou", stopping="val_loss"):
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=weight_decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=total_steps)
+        loader = DataLoader(Augmented(9), BATCH)
+        callbacks = [
+            LRSchedulerCallback(schedule, step_on),
+            EarlyStoppingCallback(stopping),
+            CheckpointCallback(folder, monitor),
+        ]
+        loss_fn = nn.CrossEntropyLoss(ignore_index=255)
+        return Trainer(model, optimizer, loss_fn, loader, loader, callbacks=callbacks, device="cpu", progress=False)
+
+    trainer_of(tmp_path).fit(1)
+    trainer_of(tmp_path / "same").fit(2, resume=tmp_path / "last")
+    with pytest.raises(CheckpointError, match=message):
+        trainer_of(tmp_path / "other", **change).fit(2, resume=tmp_path / "last")
+
+
+def test_a_callback_whose_memory_does_not_load_is_named(tmp_path):
+    class Breaks(Log):
+        def load_state_dict(self, state):
+            raise KeyError("samples")
+
+    build(tmp_path, seed=3, callbacks=[Log()]).fit(1)
+    with pytest.raises(CheckpointError):
+        build(tmp_path / "a", callbacks=[Breaks()]).fit(2, resume=tmp_path / "last")  # another class is found first
+    Breaks.__qualname__, Breaks.__module__ = Log.__qualname__, Log.__module__
+    with pytest.raises(KeyError) as caught:
+        build(tmp_path / "b", callbacks=[Breaks()]).fit(2, resume=tmp_path / "last")
+    assert "load_state_dict of victim.Log" in caught.value.__notes__[0]
+
+
+def test_a_relative_folder_stays_the_same_wherever_the_process_goes(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainer = build("checkpoints", seed=3)
+    trainer.fit(1, resume="auto")
+    monkeypatch.chdir("elsewhere")
+    trainer.fit(2, resume="auto")
+    assert trainer.state.optimizer_steps == 8
+    assert os.listdir(tmp_path / "elsewhere") == []

@@ -169,6 +169,24 @@ def test_a_last_save_that_fails_is_what_the_user_hears(tmp_path):
     assert trainer._writer._thread is None
 
 
+@pytest.mark.parametrize("hook", ["on_train_end", "on_epoch_end"])
+def test_a_signal_at_the_very_end_is_not_swallowed(tmp_path, hook):
+    """Else the script would go on to its tests and exports as if nobody had asked."""
+
+    class Late(Callback):
+        pass
+
+    def send(self, trainer, *args):
+        if trainer.state.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    setattr(Late, hook, send)
+    trainer = build(tmp_path, callbacks=[Late()])
+    with pytest.raises(Preempted):
+        trainer.fit(1)
+    assert position(tmp_path) == (1, 0, 4)
+
+
 def test_in_another_thread_it_trains_and_leaves_signals_alone(tmp_path):
     trainer = build(tmp_path)
     thread = threading.Thread(target=trainer.fit, args=(1,))

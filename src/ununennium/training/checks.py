@@ -167,6 +167,24 @@ def first_epoch(epochs: int, start_epoch: int, loaded: int | None) -> int:
     return start_epoch
 
 
+def make_floats(logs: dict[str, Any]) -> None:
+    """Turn what callbacks have added to the logs into floats.
+
+    Raises
+    ------
+    TypeError
+        For what is no number, naming it.
+    """
+    for name, value in logs.items():
+        if type(value) is not float:
+            try:
+                logs[name] = float(value)
+            except (TypeError, ValueError) as error:
+                raise TypeError(
+                    f"the logs hold numbers, but a callback has set {name!r} to {describe(value)}"
+                ) from error
+
+
 def check_loss(loss: Any) -> None:
     """Raise unless a loss is a tensor with one number in it."""
     if not isinstance(loss, Tensor):

@@ -6,10 +6,12 @@ import os
 import random
 import signal
 import struct
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -41,6 +43,7 @@ from ununennium.training.random_state import RandomState
 Key = tuple[int, ...]
 
 _END = object()
+_GENERATORS = (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)
 
 _SELF_CONTAINED = (
     BatchSampler,
@@ -227,7 +230,18 @@ class EpochLoader:
         assert self._twin is not None
         assert self._order is not None
         for batch in self._twin:
+            if not self._order.drawn:
+                raise self._not_one_to_one()
             yield LoadedBatch(batch, *self._order.drawn.popleft())
+        if self._order.drawn:
+            raise self._not_one_to_one()
+
+    def _not_one_to_one(self) -> ValueError:
+        return ValueError(
+            f"{type(self.loader).__name__} has an __iter__ of its own that does not yield one batch for each that its "
+            "sampler draws, so that nobody can tell which samples a batch holds: use a plain DataLoader, or put it "
+            "behind an iterable of your own"
+        )
 
     def _iterated(self, key: Key, start: int, state: dict[str, Any] | None) -> Iterator[LoadedBatch]:
         source: Any = self._twin if self._twin is not None else self.loader
@@ -306,8 +320,22 @@ class Order:
         drawn = _with_generators(sampler, private, _DRAWN_AT_ONCE)
         return enumerate(drawn if self._cuts or self._size == 1 else _together(drawn, self._size))
 
+    def _check_repeatable(self) -> None:
+        """Raise for a sampler that gives something else each time, though it is told the same."""
+        seeds = random.Random(_seed(self._key))
+        if _self_contained(_fresh(self._sampler, seeds, epoch=self._key[-1])):
+            return
+        first, second = ([_text(indices) for _, indices in islice(self.draw(self._key), 4)] for _ in range(2))
+        if first != second:
+            raise DataOrderError(
+                f"the sampler ({self._name}) gives another order each time that it is asked, so that no run can be "
+                "repeated or resumed: draw from the global generators, from a generator that is an attribute of the "
+                "sampler, or from one made in __iter__ from set_epoch's epoch"
+            )
+
     def __iter__(self) -> Iterator[tuple[Key, int, Any]]:
         self.drawn.clear()
+        self._check_repeatable()
         digest = hashlib.blake2b(digest_size=16)
         end = -1
         for end, indices in self.draw(self._key):
@@ -332,12 +360,15 @@ class Order:
         share = indices[first : first + each + (self._rank < more)]
         return (first, share, True) if share else (0, indices[:1], False)
 
+    @property
+    def _name(self) -> str:
+        return type(getattr(self._sampler, "sampler", self._sampler)).__name__
+
     def _compare(self, digest: str, ended: bool = False) -> None:
         if self._start and self._expected is not None and (ended or digest != self._expected):
-            inner = getattr(self._sampler, "sampler", self._sampler)
             raise DataOrderError(
                 f"the {self._start} batches before this point hold other samples than when the run was left, so it "
-                f"can't go on exactly. The sampler ({type(inner).__name__}) must be a function of its generators and "
+                f"can't go on exactly. The sampler ({self._name}) must be a function of its generators and "
                 "set_epoch, and the dataset and batch size the same. To start the epoch anew, load the weights alone."
             )
 
@@ -395,7 +426,9 @@ class Keyed(Dataset[Any]):
 def held_generators(root: Any) -> list[Any]:
     """Return the random generators that objects reachable from a dataset keep for themselves.
 
-    Looked through are attributes, closures, and containers of fewer than a thousand items.
+    Looked through are attributes (also those in slots, and of classes), closures, default arguments, what
+    `functools.partial` holds, the globals that functions and methods name, and containers of fewer than a thousand
+    items. Not found is what does not exist yet when the first sample is loaded.
     """
     found: list[Any] = []
     seen: set[int] = set()
@@ -405,7 +438,7 @@ def held_generators(root: Any) -> list[Any]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)):
+        if isinstance(value, _GENERATORS):
             found.append(value)
         elif isinstance(value, dict):
             todo += list(value.values()) if len(value) < 1000 else []
@@ -414,9 +447,33 @@ def held_generators(root: Any) -> list[Any]:
         elif not isinstance(value, (type, torch.Tensor, np.ndarray)):
             if type(value).__module__ != "builtins" or callable(value):
                 todo += list(getattr(value, "__dict__", {}).values())
+            todo += _of_function(value)
+            if _is_foreign(type(value)):
+                for kind in filter(_is_foreign, type(value).__mro__):
+                    todo += list(vars(kind).values())  # methods among them, which may name globals
+                    slots = vars(kind).get("__slots__", ())
+                    names = (slots,) if isinstance(slots, str) else slots
+                    todo += [getattr(value, name) for name in names if hasattr(value, name)]
             todo += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
             todo += [bound for bound in [getattr(value, "__self__", None)] if bound is not None]
     return found
+
+
+def _is_foreign(kind: type) -> bool:
+    """Tell whether a class is neither Python's nor PyTorch's nor NumPy's, which keep no generators in classes."""
+    package = kind.__module__.split(".")[0]
+    return package not in sys.stdlib_module_names and package not in ("torch", "numpy", "torchvision")
+
+
+def _of_function(value: Any) -> list[Any]:
+    """Return what a function or `functools.partial` holds: defaults, arguments, and generators among its globals."""
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    code, names = getattr(value, "__code__", None), getattr(value, "__globals__", None)
+    if code is None or names is None:
+        return []
+    named = [names[name] for name in code.co_names if isinstance(names.get(name), _GENERATORS)]
+    return [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named]
 
 
 def reseed(generator: Any, seed: int) -> None:

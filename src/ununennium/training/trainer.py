@@ -29,7 +29,7 @@ from ununennium.training.signals import Signals
 from ununennium.training.state import TrainState
 from ununennium.training.step import BatchResult, Stepper
 from ununennium.training.targets import check_targets
-from ununennium.training.windows import target_counter, windows
+from ununennium.training.windows import loss_setting, target_counter, windows
 
 
 class Trainer:
@@ -213,7 +213,7 @@ class Trainer:
         inside = self._entry is not None and self.state.inside_epoch
         first = checks.first_epoch(epochs, start_epoch, None if self._entry is None else self.state.epoch)
         self.epochs, self._unseen = epochs, {True, False}
-        self.state.stopping &= inside  # between epochs, callbacks decide anew
+        self.state.stopping &= self._entry is not None
         self._check_monitors()
         checks.check_passes("train_loader", self.train_loader, epochs - first)
         checks.check_passes("val_loader", self.val_loader, epochs - first)
@@ -241,11 +241,13 @@ class Trainer:
                     self.state.stopping = self._group.any(self.state.stopping)
                     self._signals.check(self._group.any(self._signals.pending))
                 self._writer.wait()
+                self._signals.check()
             except BaseException as error:
                 self._leave(error)
                 raise
             self._writer.release()
             self.callbacks.end(self)
+            self._signals.check()
         return self.history
 
     def _fit_epoch(self, epoch: int, inside: bool) -> None:
@@ -296,6 +298,7 @@ class Trainer:
         self.state.finish_epoch(logs)
         for hook in self.callbacks.epoch_end:
             hook(self, epoch, logs)
+            checks.make_floats(logs)  # whatever numbers a callback has added
 
     def validate(self) -> dict[str, float]:
         """Run the model over the validation loader; every sample counts once.
@@ -355,7 +358,8 @@ class Trainer:
         """Write a checkpoint of the whole run: whole or absent.
 
         It holds the moment of the call, whatever the run does while it is written. Of several processes all have to
-        call this, and process 0 writes.
+        call this, and process 0 writes. From a hook, call it in a callback with ``saves_state``, which comes after
+        those whose memory it saves: before a scheduler's turn, it would save the schedule of the step before.
 
         Parameters
         ----------
@@ -427,7 +431,11 @@ class Trainer:
         self.model.load_state_dict(checkpoint.matched_weights(checkpoint.read(path), self.model))
 
     def stop(self) -> None:
-        """Ask ``fit`` to end: after the running optimizer step, the epoch is closed with what it has, then no other."""
+        """Ask ``fit`` to end: after the running optimizer step, the epoch is closed with what it has, then no other.
+
+        A run that was stopped stays so when it is resumed; ``trainer.state.stopping = False`` after `load` lets it go
+        on.
+        """
         self.state.stopping = True
 
     @property
@@ -606,6 +614,7 @@ class Trainer:
             figures=self._figures.state_dict() if inside else None,
             loader=self._train_batches.state_dict() if inside else None,
             gather=self._gather,
+            entry=self._entry,
         )
 
     def _gather(self, value: Any) -> list[Any]:
@@ -613,6 +622,8 @@ class Trainer:
 
     def _settings(self) -> dict[str, Any]:
         return {
+            "loss_fn": getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__),
+            "ignore_index": loss_setting(self.loss_fn, "ignore_index"),
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "gradient_clip_norm": self.gradient_clip_norm,
             "mixed_precision": self.precision.name,

@@ -136,14 +136,14 @@ def test_what_a_crash_left_is_taken_away_and_nothing_else(tmp_path):
     kept = tmp_path / "step-00000001-0001"
     write(kept, contents())
     shutil.copytree(kept, tmp_path / ".tmp-step-00000002-0002-aaaaaaaa")
-    (tmp_path / ".tmp-file").write_text("x")
+    (tmp_path / ".tmp-mine").write_text("x")
     (tmp_path / ".tmp-best-bbbbbbbb").symlink_to(kept.name)
     (tmp_path / ".tmp-last-cccccccc").symlink_to("nowhere")
     (tmp_path / "notes.txt").write_text("mine")
     folder = Folder(tmp_path)
     folder.open()
     folder.close()
-    assert {p.name for p in tmp_path.iterdir()} == {kept.name, "notes.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {kept.name, "notes.txt", ".tmp-mine"}
     read(kept)
 
 

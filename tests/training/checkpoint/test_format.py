@@ -41,6 +41,7 @@ PLAIN = {
     "ordered": OrderedDict(a=1), "counter": Counter({3: 1, 5: 2}), "dollar": {"$": "x", "value": 1},
     "tensor": torch.tensor([1.5, 2.5], dtype=torch.bfloat16), "zero-d": torch.tensor(3),
     "nested": [{"t": torch.ones(2)}],
+    "clash": {"a": {"b": torch.zeros(2)}, "a.b": torch.ones(2), 1: torch.full((2,), 2.0), "1": torch.full((2,), 3.0)},
     "array": np.arange(6, dtype=np.uint32).reshape(2, 3), "number": np.float32(0.1), "flag": np.bool_(True),
     "python": random.getstate(), "numpy": np.random.get_state(), "legacy": np.random.get_state(legacy=False),
     "bits": np.random.default_rng(0).bit_generator.state,
@@ -150,4 +151,15 @@ def test_a_newer_format_says_what_to_do(tmp_path):
 
 def test_a_plain_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*manifest\.json"):
+        read(tmp_path)
+
+
+def test_a_big_endian_array_comes_back_with_its_values(tmp_path):
+    write(tmp_path / "c", contents({"value": np.arange(4, dtype=">i4")}))
+    assert read(tmp_path / "c").training["value"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_folder_of_checkpoints_is_told_from_one(tmp_path):
+    write(tmp_path / "step-00000001-0001", contents())
+    with pytest.raises(CheckpointError, match=r"it is a folder of checkpoints; name one of them, .*last"):
         read(tmp_path)

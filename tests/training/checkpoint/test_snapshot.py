@@ -167,8 +167,15 @@ def test_weights_alone_load_into_another_run(make_data, tmp_path):
     assert len(second.fit(1)["train_loss"]) == 1
 
 
-@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(), nn.functional.cross_entropy])
-def test_another_loss_is_refused_and_nothing_changes(make_data, tmp_path, loss_fn):
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (nn.CrossEntropyLoss(), "checkpoint's loss holds weight and the Trainer's nothing"),
+        (nn.functional.cross_entropy, "loss_fn='CrossEntropyLoss', this one has 'cross_entropy'"),
+        (nn.CrossEntropyLoss(ignore_index=3), "ignore_index=-100, this one has 3"),
+    ],
+)
+def test_another_loss_is_refused_and_nothing_changes(make_data, tmp_path, loss_fn, message):
     def make(seed, loss_fn):
         model = network(seed)
         optimizer = torch.optim.Adam(model.parameters())
@@ -177,7 +184,7 @@ def test_another_loss_is_refused_and_nothing_changes(make_data, tmp_path, loss_f
     make(0, nn.CrossEntropyLoss(weight=torch.ones(4, dtype=torch.float64))).save(tmp_path / "c")
     second = make(1, loss_fn)
     before = {k: v.clone() for k, v in second.model.state_dict().items()}
-    with pytest.raises(CheckpointError, match="checkpoint's loss holds weight and the Trainer's nothing"):
+    with pytest.raises(CheckpointError, match=message):
         second.load(tmp_path / "c")
     assert equal(dict(second.model.state_dict()), before)
 

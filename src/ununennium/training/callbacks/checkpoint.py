@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from ununennium.training.callbacks.base import Callback
-from ununennium.training.callbacks.monitor import Mode, check_mode, is_better, resolve_mode
+from ununennium.training.callbacks.monitor import Mode, check_mode, check_monitor, is_better, resolve_mode
 from ununennium.training.checkpoint import Folder
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class CheckpointCallback(Callback):
                 raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
         if every_n_seconds is not None and not every_n_seconds > 0:
             raise ValueError(f"every_n_seconds must be above 0, got {every_n_seconds!r}")
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # wherever the process goes meanwhile
         self.monitor = monitor
         self.mode = mode
         self.save_best_only = save_best_only
@@ -89,6 +89,8 @@ class CheckpointCallback(Callback):
         self._folder = Folder(self.path)
         self._bests: list[tuple[float, str]] = []  # values and checkpoints, the best first
         self._pointers: dict[str, str] = {}  # where they lead once the last save is committed
+        self._judged: int | None = None  # the epoch whose figures were looked at, and what is to be saved of it
+        self._planned: _Plan | None = None
         self._prepared = False
         self._step = 0
         self._at: tuple[Any, ...] | None = None  # where the run was when it was last saved, and when
@@ -111,7 +113,7 @@ class CheckpointCallback(Callback):
         if trainer.rank == 0:
             self._folder.open()
             self._folder.catch_up(self._pointers, trainer.state.run)
-        self._prepared, self._at = False, None
+        self._prepared, self._at, self._judged, self._planned = False, None, None, None
         self._step, self._seconds = trainer.state.optimizer_steps, trainer.clock
 
     def on_train_end(self, trainer: Trainer) -> None:
@@ -130,18 +132,27 @@ class CheckpointCallback(Callback):
 
     def on_epoch_end(self, trainer: Trainer, epoch: int, logs: dict[str, float]) -> None:
         """Save, move the pointers, and delete what they left."""
+        for callback in trainer.callbacks.callbacks:  # all judge first, so that each checkpoint holds what all know
+            if isinstance(callback, CheckpointCallback) and callback._judged != epoch:
+                callback._judge(trainer, epoch, logs)
+        if self._planned is not None:
+            self._write(trainer, *self._planned)
+            self._planned = None
+
+    def _judge(self, trainer: Trainer, epoch: int, logs: dict[str, float]) -> None:
         mode = resolve_mode(self.mode, self.monitor, trainer)
         value = logs[self.monitor]
         rank = sum(not is_better(value, better, mode) for better, _ in self._bests)
         among_best = rank < self.keep_best and is_better(value, None, mode)
+        self._judged, self._planned = epoch, None
         if among_best or self.save_last or not self.save_best_only:
             pointers = ["best"] * (among_best and rank == 0) + ["last"] * self.save_last
-            self._save(trainer, pointers, (rank, value) if among_best else None)
+            self._planned = self._plan(trainer, pointers, (rank, value) if among_best else None)
 
     def save(self, trainer: Trainer) -> None:
         """Save the run as it is now, as ``last``, unless that was done."""
         if self._at != _position(trainer):
-            self._save(trainer, ["last"])
+            self._write(trainer, *self._plan(trainer, ["last"]))
 
     def _is_due(self, optimizer_steps: int, clock: float) -> bool:
         stepped, self._step = optimizer_steps != self._step, optimizer_steps
@@ -149,14 +160,18 @@ class CheckpointCallback(Callback):
             return True
         return self.every_n_seconds is not None and clock - self._seconds >= self.every_n_seconds
 
-    def _save(self, trainer: Trainer, pointers: list[str], ranked: tuple[int, float] | None = None) -> None:
-        name = self._folder.new_name(trainer.state.optimizer_steps)
+    def _plan(self, trainer: Trainer, pointers: list[str], ranked: tuple[int, float] | None = None) -> _Plan:
+        """Note what a save will change, before it is made, since it is saved, too."""
         before = self._bests, self._pointers
-        if ranked is not None:  # before saving, since it is saved, too
+        name = self._folder.new_name(trainer.state.optimizer_steps)
+        if ranked is not None:
             rank, value = ranked
             self._bests = [*self._bests[:rank], (value, name), *self._bests[rank:]][: self.keep_best]
         self._pointers = self._pointers | dict.fromkeys(pointers, name)
-        keep = {name for _, name in self._bests}
+        return name, pointers, before
+
+    def _write(self, trainer: Trainer, name: str, pointers: list[str], before: tuple[Any, Any]) -> None:
+        keep = {best for _, best in self._bests}
 
         def done(error: BaseException | None) -> None:
             if error is None:
@@ -173,12 +188,16 @@ class CheckpointCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best values with their checkpoints, and where the pointers lead."""
-        return {"bests": list(self._bests), "pointers": dict(self._pointers)}
+        return {"monitor": self.monitor, "bests": list(self._bests), "pointers": dict(self._pointers)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
+        check_monitor(self, state)
         self._bests = [(value, name) for value, name in state["bests"]]
         self._pointers = dict(state["pointers"])
+
+
+_Plan = tuple[str, list[str], tuple[Any, Any]]  # a checkpoint's name, the pointers that move, what was before
 
 
 def _position(trainer: Trainer) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ununennium.training.callbacks.base import Callback
-from ununennium.training.callbacks.monitor import Mode, check_mode, is_better, resolve_mode
+from ununennium.training.callbacks.monitor import Mode, check_mode, check_monitor, is_better, resolve_mode
 
 if TYPE_CHECKING:
     from ununennium.training.trainer import Trainer
@@ -55,6 +55,9 @@ class EarlyStoppingCallback(Callback):
         """Let a run that was stopped, and loaded again, stay stopped; more patience lets it go on."""
         if self.wait and self.wait >= self.patience:
             trainer.stop()
+        elif self.stopped_epoch is not None and self.stopped_epoch + 1 == trainer.state.epoch:
+            self.stopped_epoch = None
+            trainer.state.stopping = False
 
     def on_epoch_end(self, trainer: Trainer, epoch: int, logs: dict[str, float]) -> None:
         """Compare, count, and ask the Trainer to stop when patience is over."""
@@ -69,8 +72,9 @@ class EarlyStoppingCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value and how long ago it was."""
-        return {"best": self.best, "wait": self.wait, "stopped_epoch": self.stopped_epoch}
+        return {"monitor": self.monitor, "best": self.best, "wait": self.wait, "stopped_epoch": self.stopped_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
+        check_monitor(self, state)
         self.best, self.wait, self.stopped_epoch = state["best"], state["wait"], state["stopped_epoch"]

@@ -51,6 +51,7 @@ class LRSchedulerCallback(Callback):
         if monitor is not None and not plateau:
             raise ValueError(f"{type(scheduler).__name__} looks at no figure: monitor is for ReduceLROnPlateau")
         self.scheduler = scheduler
+        self._made = _settings_of(scheduler)
         self.step_on = step_on
         self.monitor = (monitor or "val_loss") if plateau else None
         self._optimizer_steps = 0
@@ -82,7 +83,12 @@ class LRSchedulerCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scheduler's state."""
-        return {"class": type(self.scheduler).__name__, "scheduler": self.scheduler.state_dict()}
+        return {
+            "class": type(self.scheduler).__name__,
+            "step_on": self.step_on,
+            "made": self._made,
+            "scheduler": self.scheduler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
@@ -91,6 +97,13 @@ class LRSchedulerCallback(Callback):
                 f"the checkpoint's scheduler is {state['class']}, this one {type(self.scheduler).__name__}: pass the "
                 "same, or take the weights alone with Trainer.load_weights"
             )
+        made = {"step_on": self.step_on, **self._made}
+        for name, value in {"step_on": state.get("step_on", self.step_on), **state.get("made", {})}.items():
+            if name in made and made[name] != value:
+                raise CheckpointError(
+                    f"the checkpoint's {state['class']} had {name}={value!r}, this one has {made[name]!r}: make it "
+                    "with the same, or take the weights alone with Trainer.load_weights"
+                )
         self.scheduler.load_state_dict(state["scheduler"])
 
     def _check_direction(self, trainer: Trainer) -> None:
@@ -103,3 +116,11 @@ class LRSchedulerCallback(Callback):
                 f"ReduceLROnPlateau has mode={self.scheduler.mode!r}, but of {self.monitor!r} "
                 f"{'more' if higher else 'less'} is better: make it with mode={right!r}"
             )
+
+
+def _settings_of(scheduler: LRScheduler) -> dict[str, Any]:
+    """Return what a scheduler was made with: plain values that it keeps and that are no state of its course."""
+    course = {"last_epoch", "_step_count", "num_bad_epochs", "cooldown_counter", "best", "T_cur", "T_i"}
+    kept = scheduler.state_dict()
+    plain = (bool, int, float, str, type(None))
+    return {k: v for k, v in kept.items() if isinstance(v, plain) and k not in course and "lr" not in k}

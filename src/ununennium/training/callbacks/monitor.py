@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from ununennium.training.errors import CheckpointError
 
 if TYPE_CHECKING:
     from ununennium.training.trainer import Trainer
@@ -36,6 +39,16 @@ def check_mode(mode: str) -> None:
     """Raise unless ``mode`` is one of the three."""
     if mode not in ("auto", "min", "max"):
         raise ValueError(f'mode must be "auto", "min" or "max", got {mode!r}')
+
+
+def check_monitor(callback: Any, state: Mapping[str, Any]) -> None:
+    """Raise if what a callback remembers is the best of another figure."""
+    there = state.get("monitor", callback.monitor)
+    if there != callback.monitor:
+        raise CheckpointError(
+            f"the checkpoint's {type(callback).__name__} monitored {there!r}, this one {callback.monitor!r}, which its "
+            "best can't be compared with: monitor the same, or take the weights alone with Trainer.load_weights"
+        )
 
 
 def resolve_mode(mode: str, monitor: str, trainer: Trainer) -> str:

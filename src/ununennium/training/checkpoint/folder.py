@@ -17,6 +17,7 @@ from ununennium.training.errors import CheckpointError, DamagedCheckpointError
 POINTERS = ("best", "last")
 
 _NAME = re.compile(r"step-(\d+)-(\w+)")
+_LEFT = re.compile(rf"{re.escape(ASIDE)}(step-\d+-\w+|best|last)-[0-9a-f]{{8}}")
 _LOCK = ".lock"
 
 
@@ -62,7 +63,8 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path / _LOCK)
             for left in self.path.glob(f"{ASIDE}*"):
-                _delete(left)
+                if _LEFT.fullmatch(left.name):
+                    _delete(left)
         except OSError as error:
             raise OSError(
                 error.errno,

@@ -141,8 +141,14 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     try:
         raw = (folder / MANIFEST).read_bytes()
     except OSError as error:
+        inside = any(folder.glob(f"step-*/{MANIFEST}"))
         raise DamagedCheckpointError(
-            f"there is no checkpoint at {folder}: a checkpoint is a folder with a {MANIFEST} ({error.strerror})"
+            f"there is no checkpoint at {folder}: "
+            + (
+                f'it is a folder of checkpoints; name one of them, {folder / "last"}, or let resume="auto" find it'
+                if inside
+                else f"a checkpoint is a folder with a {MANIFEST} ({error.strerror})"
+            )
         ) from error
     try:
         manifest: dict[str, Any] = json.loads(raw)

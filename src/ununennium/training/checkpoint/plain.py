@@ -45,11 +45,13 @@ def pack(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
     if kind in (tuple, set, frozenset):
         members = value if kind is tuple else sorted(value, key=repr)
         return {_TAG: kind.__name__, "value": [pack(v, tensors, f"{at}.{i}") for i, v in enumerate(members)]}
+    while at in tensors:  # {"a": {"b": …}, "a.b": …}
+        at += "'"
     if isinstance(value, Tensor):
         tensors[at] = value.detach()
         return {_TAG: "tensor", "value": at}
     if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biuf":
-        tensors[at] = torch.from_numpy(np.array(value, order="C"))
+        tensors[at] = torch.from_numpy(np.array(value, order="C", dtype=value.dtype.newbyteorder("=")))
         return {_TAG: "array" if isinstance(value, np.ndarray) else "number", "value": at}
     raise TypeError(
         f"{at} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint does not hold: reading it back would run "

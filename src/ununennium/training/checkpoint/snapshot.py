@@ -46,6 +46,8 @@ class Run(NamedTuple):
         Sums and position inside an epoch; None between epochs, and for loaders that are entered by counting.
     gather : callable
         ``gather(value)`` returns what every process has, by rank, to all of them.
+    entry : Entry or None
+        Where the run goes on, if it was restored and has not gone on yet.
     """
 
     model: nn.Module
@@ -58,18 +60,20 @@ class Run(NamedTuple):
     figures: dict[str, Any] | None = None
     loader: dict[str, Any] | None = None
     gather: Callable[[Any], list[Any]] = _alone
+    entry: Entry | None = None
 
 
 def gather(run: Run) -> Contents:
     """Collect everything that the next step depends on. Tensors are the live ones, not copies."""
     weights, extra = model_state(run.model)
     loss_fn, state = run.loss_fn, run.state
-    own, *others = run.gather({"random": RandomState.capture().as_list(), "figures": run.figures})
+    random = (run.entry.random if run.entry is not None else None) or RandomState.capture()
+    own, *others = run.gather({"random": random.as_list(), "figures": run.figures})
     training = {
         "state": state.state_dict(),
         "settings": run.settings,
         "figures": own["figures"],
-        "loader": run.loader,
+        "loader": run.entry.loader if run.entry is not None else run.loader,
         "optimizer": _optimizer_state(run.optimizer, _names(run.model, loss_fn)),
         "precision": run.precision.state_dict(),
         "callbacks": [[_class_name(c), c.state_dict()] for c in run.callbacks],
@@ -77,11 +81,13 @@ def gather(run: Run) -> Contents:
         "others": others,  # the same of the other processes, by rank
         "loss": dict(loss_fn.state_dict()) if isinstance(loss_fn, nn.Module) else {},
         "extra": extra,
+        "unsaved": _unsaved_buffers(run.model),
+        "trained": [name for name, p in _canonical_parameters(run.model) if p.requires_grad],
     }
     figures = state.records[-1][1] if state.records else {}
     position = {"epoch": state.epoch, "batch": state.batch, "optimizer_steps": state.optimizer_steps}
     info = {"run": state.run, "position": position, "figures": figures}
-    parameters = frozenset(canonical(name) for name, _ in unwrapped(run.model).named_parameters(remove_duplicate=False))
+    parameters = frozenset(name for name, _ in _canonical_parameters(run.model))
     return Contents(weights, training, info, parameters)
 
 
@@ -124,17 +130,27 @@ def restore(contents: Contents, run: Run) -> Entry:
             "same order, or take the weights alone with Trainer.load_weights"
         )
     own_loss = loss_fn.state_dict() if isinstance(loss_fn, nn.Module) else {}
-    if {k: v.shape for k, v in training["loss"].items()} != {k: v.shape for k, v in own_loss.items()}:
+    if _shapes(training["loss"]) != _shapes(own_loss):
         raise CheckpointError(
             f"the checkpoint's loss holds {_some(training['loss'])} and the Trainer's {_some(own_loss)}, or in other "
             "shapes: pass the same loss, or take the weights alone with Trainer.load_weights"
         )
-    for callback, (_, callback_state) in zip(run.callbacks, training["callbacks"], strict=True):
-        callback.load_state_dict(callback_state)  # first, since it may raise
+    for callback, (name, callback_state) in zip(run.callbacks, training["callbacks"], strict=True):
+        try:
+            callback.load_state_dict(callback_state)  # first, since it may raise
+        except Exception as error:
+            error.add_note(f"This happened in load_state_dict of {name}, while a checkpoint was restored.")
+            raise
     model.load_state_dict(weights)
     if own_loss:
         loss_fn.load_state_dict(training["loss"])
     _load_optimizer(optimizer, groups)
+    for name, parameter in _canonical_parameters(model) if "trained" in training else ():
+        parameter.requires_grad_(name in training["trained"])  # as a callback that freezes or frees has left it
+    unsaved = training.get("unsaved", {})
+    for name, buffer in _unsaved_buffers(model).items():
+        if name in unsaved and unsaved[name].shape == buffer.shape:
+            buffer.copy_(unsaved[name])
     run.precision.load_state_dict(training["precision"])
     run.state.load_state_dict(training["state"])
     return Entry(None, training["loader"])
@@ -200,6 +216,21 @@ def canonical(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def _canonical_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(canonical(name), p) for name, p in unwrapped(model).named_parameters(remove_duplicate=False)]
+
+
+def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a model leaves out of its ``state_dict``; a forward may change them all the same."""
+    inner = unwrapped(model)
+    saved = inner.state_dict().keys()
+    return {canonical(name): buffer for name, buffer in inner.named_buffers() if name not in saved}
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in state.items()}
+
+
 def _names(model: nn.Module, loss_fn: Any) -> dict[int, str]:
     names = {id(p): canonical(name) for name, p in unwrapped(model).named_parameters()}
     if isinstance(loss_fn, nn.Module):
@@ -213,6 +244,8 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) ->
     saved = optimizer.state_dict()
     return {
         "class": _class_name(optimizer),
+        "options": _options(optimizer),
+        "more": {k: v for k, v in saved.items() if k not in ("state", "param_groups")},
         "groups": [{**group, "params": [order[i] for i in group["params"]]} for group in saved["param_groups"]],
         "state": {order[i]: value for i, value in saved["state"].items()},
     }
@@ -236,10 +269,24 @@ def _optimizer_groups(saved: dict[str, Any], optimizer: torch.optim.Optimizer, n
     parameters = _parameters(optimizer)
     index = {name: i for i, name in enumerate(name for group in own for name in group)}
     state = {index[name]: value for name, value in saved["state"].items()}
+    _compare(saved.get("options", {}), _options(optimizer))
     return {
+        **saved.get("more", {}),
         "param_groups": [{**group, "params": [index[n] for n in group["params"]]} for group in saved["groups"]],
         "state": {i: {k: _like(parameters[i], v) for k, v in value.items()} for i, value in state.items()},
     }
+
+
+_MAY_CHANGE = ("lr", "foreach", "fused", "capturable", "differentiable")  # the rate is part of what is restored
+
+
+def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the options that an optimizer was made with, as far as a schedule or the machine does not change them."""
+    return {f"optimizer {k}": v for k, v in optimizer.defaults.items() if k not in _MAY_CHANGE and _is_plain(v)}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, tuple, type(None)))
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

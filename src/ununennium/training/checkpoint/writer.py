@@ -99,7 +99,10 @@ class Writer:
     def _copy(self, contents: Contents) -> "_Copy":
         tensors: dict[str, Tensor] = {}
         tree = pack(contents.training, tensors, "training")
-        info = pack(contents.info, {}, "info")
+        strange: dict[str, Tensor] = {}
+        info = pack(contents.info, strange, "info")
+        if strange:
+            raise TypeError(f"{next(iter(strange))} is no plain number, which the manifest holds")
         self._make_room(tensors, contents.model)
         places: dict[str, _Places] = {}
         end = 0
