@@ -160,7 +160,7 @@ def test_the_scheduler_and_metrics_examples(loaders):
     ("distributed", "error", "message"),
     [
         (True, RuntimeError, r"process that torchrun has started.*\n *torchrun --nproc_per_node="),
-        ("fsdp", NotImplementedError, "not built yet: use distributed=True"),
+        ("fsdp", RuntimeError, "process that torchrun has started"),
         ("ddp", ValueError, "must be False, True or \"fsdp\", got 'ddp'"),
     ],
 )

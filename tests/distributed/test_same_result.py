@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from ununennium.metrics import IoU
 from ununennium.training import Callback, LRSchedulerCallback, Trainer
+from ununennium.training.distributed import whole
 from ununennium.training.loading import EpochLoader
 
 GLOBAL, EPOCHS = 12, 3
@@ -79,16 +80,15 @@ def train(rank, world, samples, val_samples, options):
         DataLoader(Tiles(val_samples), max(GLOBAL // world, 1)),
         callbacks=[schedule, samples_log := Samples()],
         gradient_clip_norm=0.5,
-        distributed="RANK" in os.environ,
         device="cpu",
         progress=False,
         seed=1,
         metrics={"iou": IoU(4, ignore_index=255, average="none")},
-        **{"gradient_accumulation_steps": 2, **options},
+        **{"gradient_accumulation_steps": 2, "distributed": "RANK" in os.environ, **options},
     )
     history = trainer.fit(EPOCHS)
     return {
-        "weights": {k: v.clone() for k, v in trainer.model.state_dict().items()},
+        "weights": {k: whole(v).clone() for k, v in trainer.model.state_dict().items()},
         "history": history,
         "confusion": trainer._figures.val.metrics._sources[0].state_dict(),
         "steps": trainer.state.optimizer_steps,

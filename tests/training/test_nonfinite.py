@@ -182,10 +182,10 @@ def test_a_write_that_fails_is_heard_after_the_next_step_and_the_one_before_stay
 
     commit, saved = writer.commit, []
 
-    def full(path, files, info):
+    def full(aside, path, described, info):
         if len(saved) == 2:
             raise OSError(28, "No space left on device")
-        commit(path, files, info)
+        commit(aside, path, described, info)
         saved.append(path.name)
 
     monkeypatch.setattr(writer, "commit", full)

@@ -56,13 +56,25 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_distributed(distributed: Any, backend: Any, sync_batchnorm: bool) -> None:
     """Raise for a kind of distribution that there is not, or settings of one that is not asked for."""
-    if distributed == "fsdp":
-        raise NotImplementedError('distributed="fsdp" is not built yet: use distributed=True')
-    if not isinstance(distributed, bool):
+    if not isinstance(distributed, bool) and distributed != "fsdp":
         raise ValueError(f'distributed must be False, True or "fsdp", got {distributed!r}')
     if not distributed and (backend is not None or sync_batchnorm):
         name = "backend" if backend is not None else "sync_batchnorm"
         raise ValueError(f"{name} is for several processes: use it with distributed=True, or leave it out")
+
+
+def check_sharding(loss_fn: Any, scales: bool) -> None:
+    """Raise for what sharded training can't do."""
+    if scales:
+        raise ValueError(
+            'distributed="fsdp" and fp16: the loss scaler would judge each process\'s shard by itself, and processes '
+            'would skip different steps. Use mixed_precision="bf16", or distributed=True'
+        )
+    if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
+        raise ValueError(
+            'distributed="fsdp" shards the model alone, and the loss has parameters of its own, whose gradients nobody '
+            "would reduce: make it part of the model, or use distributed=True"
+        )
 
 
 def check_clip_norm(value: Any) -> None:

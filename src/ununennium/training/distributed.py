@@ -6,8 +6,8 @@ One process alone has the same interface, in which every reduction is the identi
 import atexit
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,11 +33,14 @@ class Group:
     ----------
     leads : bool
         Whether this is process 0, which prints and writes.
+    sharded : nn.Module or None
+        The model whose parameters are sharded over the processes.
     """
 
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
         self.device, self.rank, self.size = device, rank, size
         self.leads = rank == 0
+        self.sharded: Any = None
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over all processes, on the device."""
@@ -76,22 +79,75 @@ class Group:
 
     def follow_leader(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors the values that they have in process 0."""
-        if self.size > 1:
-            for tensor in tensors:
-                self._call(dist.broadcast, tensor.detach(), 0)
+        if self.size == 1:
+            return
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_type.setdefault(tensor.dtype, []).append(tensor.detach())
+        for alike in by_type.values():  # one message a type
+            together = torch.cat([tensor.reshape(-1) for tensor in alike])
+            self._call(dist.broadcast, together, 0)
+            parts = together.split([tensor.numel() for tensor in alike])
+            for tensor, part in zip(alike, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def shard(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Shard a model's parameters over the processes with FSDP2, and point the optimizer at the shards.
+
+        Blocks with a fair part of the parameters are gathered one at a time, the rest with the whole model; in their
+        own type, which autocast turns into a lower one where it does so in one process, since BatchNorm's statistics
+        go with no other.
+
+        Parameters
+        ----------
+        model : nn.Module
+            Changed in place; all processes begin with the weights of process 0.
+        optimizer : torch.optim.Optimizer
+            Its groups hold the sharded parameters afterwards, in the same order.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer has taken a step already.
+        """
+        from torch.distributed.device_mesh import init_device_mesh  # they take seconds
+        from torch.distributed.fsdp import fully_shard
+
+        if optimizer.state:
+            raise ValueError('distributed="fsdp" needs an optimizer that has not stepped: make a new one, and load')
+        self.follow_leader([*model.parameters(), *model.buffers()])
+        names = {id(p): name for name, p in model.named_parameters()}
+        held = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for block in [*_blocks(model), model]:
+            fully_shard(block, mesh=mesh)
+        sharded = dict(model.named_parameters())
+        for group, of_group in zip(optimizer.param_groups, held, strict=True):
+            group["params"] = [sharded[name] for name in of_group]
+        self.sharded = model
 
     def wrap(self, forward: Callable[[Any], Any], modules: Sequence[nn.Module], find_unused: bool) -> Any:
         """Return what computes a batch, and reduces the gradient of the modules over all processes going backward."""
-        if self.size == 1:
+        if self.size == 1 or self.sharded is not None:
             return forward
         return nn.parallel.DistributedDataParallel(_Forward(forward, modules), find_unused_parameters=find_unused)
 
     def gathering(self, wrapped: Any) -> AbstractContextManager[Any]:
         """Return a context in which gradients stay in this process, to be reduced with those of a later batch."""
+        if self.sharded is not None:
+            return self._unreduced()
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
             context: AbstractContextManager[Any] = wrapped.no_sync()
             return context
         return nullcontext()
+
+    @contextmanager
+    def _unreduced(self) -> Iterator[None]:
+        self.sharded.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.sharded.set_requires_gradient_sync(True)
 
     def _call(self, collective: Callable[..., Any], *arguments: Any) -> None:
         try:
@@ -101,6 +157,45 @@ class Group:
                 f"process {self.rank} lost the others: one of this run has ended, and what it wrote before tells why "
                 f"({str(error).splitlines()[0][:200]})"
             ) from error
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Tell whether a tensor is a `torch.distributed.tensor.DTensor`, which takes seconds to import."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor."""
+    sharded: Any = tensor
+    held: Tensor = sharded.to_local() if is_sharded(tensor) else tensor
+    return held
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, gathered from the processes if it is sharded."""
+    sharded: Any = tensor
+    gathered: Tensor = sharded.full_tensor() if is_sharded(tensor) else tensor
+    return gathered
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the innermost modules with a 64th of a model's parameters or more; containers need not be called."""
+    limit = sum(p.numel() for p in model.parameters()) / 64
+    found: list[nn.Module] = []
+    taken: set[nn.Parameter] = set()
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            visit(child)
+        left = [p for p in module.parameters() if p not in taken]
+        if module is model or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            return
+        if left and sum(p.numel() for p in left) >= limit:
+            found.append(module)
+            taken.update(left)
+
+    visit(model)
+    return found
 
 
 class _Forward(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ununennium.training.distributed import Group
+from ununennium.training.distributed import Group, local, whole
 from ununennium.training.errors import NonFiniteError
 from ununennium.training.precision import Precision
 from ununennium.training.state import TrainState
@@ -136,6 +136,8 @@ class Stepper:
             self._total = 0.0
             for parameter in self._parameters:
                 parameter.grad = None
+            if self._group.sharded is not None:
+                self._group.follow_leader(self._group.sharded.buffers())  # as DDP does by itself
             if self._buffers:
                 self._before = [buffer.clone() for buffer in self._buffers]
         with self._precision.autocast():
@@ -236,12 +238,12 @@ class Stepper:
     def _bad_gradient(self) -> NonFiniteError | None:
         """Divide, unscale and clip the gradient; tell whether its norm, if anybody asks for it, is not finite."""
         if isinstance(self._total, Tensor):
-            torch._foreach_mul_(self._gradients(), torch.where(self._total > 0, 1 / self._total, 0))
+            torch._foreach_mul_([local(g) for g in self._gradients()], torch.where(self._total > 0, 1 / self._total, 0))
         self._precision.unscale(self._optimizer, self._others)
         if self._clip_norm is not None:
-            self.gradient_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+            self.gradient_norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm))
         elif self._skips:
-            self.gradient_norm = torch.nn.utils.get_total_norm(self._gradients())
+            self.gradient_norm = whole(torch.nn.utils.get_total_norm(self._gradients()))
         if self._precision.scales or self.gradient_norm is None or not (self.looks or self._skips):
             return None  # an overflow of fp16 is the loss scaler's business
         if math.isfinite(self.gradient_norm):
@@ -261,7 +263,7 @@ class Stepper:
         return [p.grad for p in self._parameters if p.grad is not None]
 
     def _weights_are_finite(self) -> bool:
-        return all(bool(p.isfinite().all()) for p in self._parameters)
+        return all(bool(local(p.detach()).isfinite().all()) for p in self._parameters)
 
     def _complaint(self, what: str, value: Tensor, place: int) -> NonFiniteError:
         size = len(self._window)

@@ -1,5 +1,6 @@
 """The Trainer: a run from its first batch to its last."""
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,7 +61,8 @@ class Trainer:
     distributed : bool or "fsdp", default False
         Train in all processes that torchrun started with this one, or that share a process group made before. The
         loaders' batch size is what one process takes: the global batch is that times their number, and holds the same
-        samples in the same order whatever their number. "fsdp" is not yet built and raises `NotImplementedError`.
+        samples in the same order whatever their number. "fsdp" shards the model's parameters, gradients and optimizer
+        state over the processes (FSDP2) and points the optimizer at the shards; the optimizer must not have stepped.
     device : str or torch.device, optional
         By default CUDA, MPS or the CPU, whichever is there first.
     metrics : sequence of Metric, or mapping of str to Metric, optional
@@ -163,7 +165,11 @@ class Trainer:
         self.callbacks = CallbackList([*given, *([ProgressCallback()] if shows else [])])
         share = self.rank, self.world_size
         self._train_batches = EpochLoader(train_loader, 0, *share)
-        self._val_batches = EpochLoader(() if val_loader is None else val_loader, 1, *share, pads=False)
+        sharded = distributed == "fsdp"  # whose forward is a matter of all, validation included
+        self._val_batches = EpochLoader(() if val_loader is None else val_loader, 1, *share, pads=sharded)
+        if sharded:
+            checks.check_sharding(loss_fn, self.precision.scales)
+            self._group.shard(self.model, optimizer)
         self._stepper = Stepper(
             self.compute_loss, target_counter(loss_fn), optimizer, self.precision, gradient_clip_norm, self.state,
             self._group, skips=on_nonfinite == "skip",
@@ -324,7 +330,7 @@ class Trainer:
             for index, loaded in enumerate(self._val_batches.epoch(self.state.seed, epoch=0)):
                 try:
                     result = self._stepper.evaluate(to_device(loaded.batch, self.device))
-                    self._observe(result, False)
+                    self._observe(result, False, loaded.counts)
                 except Exception as error:
                     self._explain(error, loaded.batch, f"validation batch {index}")
                     raise
@@ -396,10 +402,14 @@ class Trainer:
                 "a checkpoint does not hold gradients: save where trainer.state.open_batches is 0"
             )
         contents = checkpoint.gather(self._run())
-        if not self._group.leads:
+        share = None
+        if self._group.sharded is not None and self.world_size > 1:
+            aside = self._group.of_leader(lambda: checkpoint.begin(Path(path)))
+            share = checkpoint.Share(self.rank, self.world_size, aside)
+        if share is None and not self._group.leads:
             return Path(path)
         writer = checkpoint.Writer() if wait else self._writer
-        writer.save(Path(path), contents, done)
+        writer.save(Path(path), contents, done if self._group.leads else None, share)
         if wait:
             writer.wait()
         return Path(path)
@@ -407,8 +417,8 @@ class Trainer:
     def prepare_save(self) -> None:
         """Have the memory ready that ``save(…, wait=False)`` needs, so that none of them has to wait for it."""
         contents = checkpoint.gather(self._run())
-        if self._group.leads:
-            self._writer.reserve(contents)
+        if self._group.leads or self._group.sharded is not None:
+            self._writer.reserve(contents, self.rank)
 
     def load(self, path: str | Path) -> None:
         """Take over a checkpoint, or the one that a link (``best``, ``last``) leads to; the next ``fit`` goes on there.
@@ -428,7 +438,7 @@ class Trainer:
         CheckpointError
             If it is damaged or of another model.
         """
-        self.model.load_state_dict(checkpoint.matched_weights(checkpoint.read(path), self.model))
+        checkpoint.load_weights(self.model, checkpoint.matched_weights(checkpoint.read(path), self.model))
 
     def stop(self) -> None:
         """Ask ``fit`` to end: after the running optimizer step, the epoch is closed with what it has, then no other.
@@ -571,7 +581,9 @@ class Trainer:
         if isinstance(error, NonFiniteError):
             self._name_samples(error)
         failures: list[Exception] = []
-        for save in [partial(c.save, self) for c in self.callbacks.savers if signalled] + [self._writer.wait]:
+        for save in [partial(c.save, self) for c in self.callbacks.savers if signalled] + [
+            partial(self._writer.wait, math.inf if signalled or self.world_size == 1 else 10.0)
+        ]:
             try:
                 save()
             except Exception as failure:

@@ -207,8 +207,8 @@ def delete_before_committing():
 def commit_file_by_file():
     commit = writer.commit
 
-    def slowly(path, files, info):
-        commit(path.parent / "aside", files, info)
+    def slowly(aside, path, described, info):
+        commit(aside, path.parent / "aside", described, info)
         os.mkdir(path)
         for name in FILES:
             os.rename(path.parent / "aside" / name, path / name)

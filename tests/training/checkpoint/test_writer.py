@@ -74,11 +74,11 @@ def test_what_was_saved_may_change_as_soon_as_save_returns(tmp_path, held):
 def test_one_is_written_at_a_time_and_none_spoils_another(tmp_path, monkeypatch):
     commit, running, seen = writer.commit, [], []
 
-    def slow(path, files, info):
+    def slow(aside, path, described, info):
         running.append(path)
         seen.append(len(running))
         time.sleep(0.02)
-        commit(path, files, info)
+        commit(aside, path, described, info)
         running.remove(path)
 
     monkeypatch.setattr(writer, "commit", slow)

@@ -1,17 +1,18 @@
 """Checkpoints: a folder each, whole or absent, in which nothing that is read is executed."""
 
 from ununennium.training.checkpoint.folder import Folder, newest, newest_of
-from ununennium.training.checkpoint.format import Contents, read
+from ununennium.training.checkpoint.format import Contents, begin, read
 from ununennium.training.checkpoint.snapshot import (
     Entry,
     Run,
     check_memories,
     gather,
+    load_weights,
     matched_weights,
     of_rank,
     restore,
 )
-from ununennium.training.checkpoint.writer import Done, Writer, write
+from ununennium.training.checkpoint.writer import Done, Share, Writer, write
 
 __all__ = [
     "Contents",
@@ -19,9 +20,12 @@ __all__ = [
     "Entry",
     "Folder",
     "Run",
+    "Share",
     "Writer",
+    "begin",
     "check_memories",
     "gather",
+    "load_weights",
     "matched_weights",
     "newest",
     "newest_of",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ununennium import __version__
 from ununennium.training.checkpoint.plain import unpack
+from ununennium.training.checkpoint.shards import assemble
 from ununennium.training.errors import CheckpointError, DamagedCheckpointError
 
 FORMAT = 2
@@ -48,49 +49,59 @@ class Contents:
     parameters: frozenset[str] = frozenset()
 
 
-def commit(path: Path, files: Mapping[str, Iterable[Any]], info: dict[str, Any]) -> None:
-    """Make a checkpoint of files: written aside, flushed to disk, and put in place by one rename.
-
-    Parameters
-    ----------
-    path : Path
-        The folder to make.
-    files : mapping of str to iterable of bytes-like
-        The parts of each file by its name.
-    info : dict
-        Plain JSON for the manifest.
+def begin(path: Path) -> Path:
+    """Make the folder beside ``path`` in which its files are written.
 
     Raises
     ------
     FileExistsError
         If there is something at ``path`` already.
-    OSError
-        If a file can't be written; nothing is left behind then.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists already; a checkpoint's name is never reused")
     os.makedirs(path.parent, exist_ok=True)
     aside = path.parent / f"{ASIDE}{path.name}-{secrets.token_hex(4)}"
     os.mkdir(aside)
-    try:
-        manifest = {
-            "format": FORMAT,
-            **info,
-            "versions": {
-                "ununennium": __version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-            },
-            "files": {name: _write(aside / name, parts) for name, parts in files.items()},
-        }
-        manifest["sha256"] = _digest_of(manifest)
-        _write(aside / MANIFEST, [_text_of(manifest)])
-        flush(aside)
-        os.rename(aside, path)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    return aside
+
+
+def write_files(aside: Path, files: Mapping[str, Iterable[Any]]) -> dict[str, Any]:
+    """Write files, given as bytes-like parts, flushed to disk; return what the manifest says of them."""
+    return {name: _write(aside / name, parts) for name, parts in files.items()}
+
+
+def commit(aside: Path, path: Path, described: dict[str, Any], info: dict[str, Any]) -> None:
+    """Make a checkpoint of the files that were written aside: the manifest, and one rename to its place.
+
+    Parameters
+    ----------
+    aside, path : Path
+        The folder of the files, and where it goes.
+    described : dict
+        What `write_files` gave for them.
+    info : dict
+        Plain JSON for the manifest.
+    """
+    manifest = {
+        "format": FORMAT,
+        **info,
+        "versions": {
+            "ununennium": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        "files": described,
+    }
+    manifest["sha256"] = _digest_of(manifest)
+    _write(aside / MANIFEST, [_text_of(manifest)])
+    flush(aside)
+    os.rename(aside, path)
     flush(path.parent)
+
+
+def give_up(aside: Path) -> None:
+    """Leave nothing behind of files that will not be committed."""
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read(path: str | Path) -> Contents:
@@ -103,8 +114,6 @@ def read(path: str | Path) -> Contents:
     CheckpointError
         If it was written by a newer version.
     """
-    from safetensors.torch import load  # imported where it is used: `import ununennium.training` stays quick
-
     folder = Path(path).resolve()
     manifest = manifest_of(folder)
     if manifest["format"] > FORMAT:
@@ -123,8 +132,10 @@ def read(path: str | Path) -> Contents:
         files[name] = data
     info = {k: v for k, v in manifest.items() if k not in _OWN_KEYS}
     try:
-        training = unpack(json.loads(files[TREE]), load(files[TENSORS]))
-        contents = Contents(load(files[MODEL]), training, unpack(info, {}))
+        training = unpack(json.loads(files[TREE]), assemble(_those_of(files, TENSORS)))
+        contents = Contents(assemble(_those_of(files, MODEL)), training, unpack(info, {}))
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{folder} is not whole: {error}") from error
     except Exception as error:  # its digests are right, and yet nobody can have written it with this package
         raise DamagedCheckpointError(f"{folder} can't be understood: {type(error).__name__}: {error}") from error
     return _from_1(contents) if manifest["format"] == 1 else contents
@@ -188,6 +199,16 @@ def _write(path: Path, parts: Iterable[Any]) -> dict[str, Any]:
     finally:
         os.close(descriptor)
     return {"size": size, "sha256": digest.hexdigest()}
+
+
+def shard_name(file: str, rank: int) -> str:
+    """Return the name of one process's part of a file."""
+    return file.replace(".", f".{rank}.")
+
+
+def _those_of(files: dict[str, bytes], name: str) -> list[bytes]:
+    stem, ending = name.split(".")
+    return [data for file, data in files.items() if file.split(".")[0] == stem and file.endswith(ending)]
 
 
 def _text_of(manifest: dict[str, Any]) -> bytes:

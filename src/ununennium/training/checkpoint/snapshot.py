@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ununennium.training.checkpoint.format import Contents
 from ununennium.training.checkpoint.plain import pack
+from ununennium.training.checkpoint.shards import sharded_as
+from ununennium.training.distributed import is_sharded
 from ununennium.training.errors import CheckpointError
 from ununennium.training.precision import Precision
 from ununennium.training.random_state import RandomState
@@ -141,7 +143,7 @@ def restore(contents: Contents, run: Run) -> Entry:
         except Exception as error:
             error.add_note(f"This happened in load_state_dict of {name}, while a checkpoint was restored.")
             raise
-    model.load_state_dict(weights)
+    load_weights(model, weights)
     if own_loss:
         loss_fn.load_state_dict(training["loss"])
     _load_optimizer(optimizer, groups)
@@ -164,6 +166,13 @@ def _compare(there: dict[str, Any], here: dict[str, Any]) -> None:
                 f"the checkpoint's run had {name}={there[name]!r}, this one has {value!r}, so that it can't go "
                 "on as if it had not been left: pass the same, or take the weights alone with Trainer.load_weights"
             )
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
+    """Load whole weights, also into a model that is sharded."""
+    own = model.state_dict()
+    cut = {name: sharded_as(own[name], w) if isinstance(w, Tensor) else w for name, w in weights.items()}
+    model.load_state_dict(cut)
 
 
 def model_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -306,6 +315,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _like(parameter: Tensor, value: Any) -> Any:
     """Lay a state tensor out as its parameter is, so that channels_last stays what it was."""
     if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
+        if is_sharded(parameter):
+            return sharded_as(parameter, value)
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     return value
 

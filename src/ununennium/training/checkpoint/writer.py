@@ -3,9 +3,12 @@
 import errno
 import json
 import math
+import os
 import struct
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ununennium.training.checkpoint.format import MODEL, TENSORS, TREE, Contents, commit
+from ununennium.training.checkpoint.format import (
+    MODEL,
+    TENSORS,
+    TREE,
+    Contents,
+    begin,
+    commit,
+    give_up,
+    shard_name,
+    write_files,
+)
 from ununennium.training.checkpoint.plain import pack
+from ununennium.training.checkpoint.shards import Piece, metadata, piece_of
 from ununennium.training.errors import CheckpointError, NonFiniteError
 
 _NAMES = {
@@ -27,6 +41,32 @@ _OF_NUMPY = {
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64,
 }  # fmt: skip
 _ALIGNED = 16  # bytes: no element is larger
+
+
+class Share(NamedTuple):
+    """One process's part in writing a checkpoint, and the folder where the parts meet."""
+
+    rank: int
+    size: int
+    aside: Path
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Tell process 0 what was written; nobody reads half of it."""
+        with suppress(OSError):  # the folder is gone: process 0 has given up
+            part = self.aside / f".{self.rank}.part"
+            part.write_text(json.dumps(message), encoding="utf-8")
+            os.replace(part, self.aside / f".{self.rank}.told")
+
+    def told_by(self, rank: int) -> dict[str, Any] | None:
+        """Return what another process has told, and take its message away; None if it has not yet."""
+        path = self.aside / f".{rank}.told"
+        try:
+            message: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        path.unlink()
+        return message
+
 
 _Place = tuple[int, int, torch.dtype, torch.Size]  # in the buffer: first byte, end, type, shape
 _Places = dict[str, _Place]
@@ -45,14 +85,15 @@ class Writer:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._patience = math.inf
 
-    def reserve(self, contents: Contents) -> None:
+    def reserve(self, contents: Contents, rank: int = 0) -> None:
         """Have the buffer ready for contents of this size, its pages touched, so that no later save has to wait."""
         tensors: dict[str, Tensor] = {}
         pack(contents.training, tensors, "training")
-        self._make_room(tensors, contents.model)
+        self._make_room(_pieces(tensors, rank), _pieces(contents.model, rank))
 
-    def save(self, path: Path, contents: Contents, done: Done | None = None) -> None:
+    def save(self, path: Path, contents: Contents, done: Done | None = None, share: Share | None = None) -> None:
         """Copy the contents, after a write that is still under way, and start to write them.
 
         Parameters
@@ -63,6 +104,8 @@ class Writer:
             What it is to hold.
         done : callable, optional
             Called in the writing thread: with None once the checkpoint is committed, with the error if it is not.
+        share : Share, optional
+            Where several processes write, each its own part: which this is, and where they meet.
 
         Raises
         ------
@@ -72,10 +115,14 @@ class Writer:
             If the training state holds what the format does not, naming where.
         """
         self.wait()
-        if path.exists():
-            raise FileExistsError(f"{path} exists already; a checkpoint's name is never reused")
-        copy = self._copy(contents)
-        arguments = (path, copy, done or (lambda error: None))
+        share = share or Share(0, 1, begin(path))
+        try:
+            copy = self._copy(contents, share)
+        except BaseException:
+            give_up(share.aside)
+            raise
+        self._patience = math.inf
+        arguments = (path, copy, share, done or (lambda error: None))
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint writer")
         self._thread.start()
 
@@ -85,8 +132,12 @@ class Writer:
             error, self._error = self._error, None
             raise error
 
-    def wait(self) -> None:
-        """Wait for the write that is under way, and raise its error."""
+    def wait(self, patience: float = math.inf) -> None:
+        """Wait for the write that is under way, and raise its error.
+
+        ``patience`` is for how many seconds it may wait for the other processes' parts.
+        """
+        self._patience = time.monotonic() + patience
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -96,63 +147,86 @@ class Writer:
         """Give the buffer's memory back."""
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def _copy(self, contents: Contents) -> "_Copy":
+    def _copy(self, contents: Contents, share: Share) -> "_Copy":
         tensors: dict[str, Tensor] = {}
         tree = pack(contents.training, tensors, "training")
         strange: dict[str, Tensor] = {}
         info = pack(contents.info, strange, "info")
         if strange:
             raise TypeError(f"{next(iter(strange))} is no plain number, which the manifest holds")
-        self._make_room(tensors, contents.model)
+        pieces = {file: _pieces(t, share.rank) for file, t in ((TENSORS, tensors), (MODEL, contents.model))}
+        self._make_room(*pieces.values())
         places: dict[str, _Places] = {}
         end = 0
-        for file, named in ((TENSORS, tensors), (MODEL, contents.model)):
-            places[file], end = self._fill(named, _aligned(end))
+        for file, of_file in pieces.items():
+            places[file], end = self._fill(of_file, _aligned(end))
         arrived = None
         if self._buffer.is_pinned():
             arrived = torch.cuda.Event()
             arrived.record()
-        return _Copy(self._buffer, places, contents.parameters, tree, info, arrived)
+        about = {file: metadata(of_file) if share.size > 1 else {} for file, of_file in pieces.items()}
+        return _Copy(self._buffer, places, about, contents.parameters, tree, info, arrived)
 
-    def _fill(self, tensors: dict[str, Tensor], end: int) -> tuple["_Places", int]:
+    def _fill(self, pieces: dict[str, Piece], end: int) -> tuple["_Places", int]:
         """Copy tensors to the buffer from a place on; return where each is, and the end."""
         places: _Places = {}
         pinned, host = self._buffer.is_pinned(), self._buffer.numpy()
+        tensors = {name: piece.tensor for name, piece in pieces.items()}
         for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # so each is aligned
-            _check_type(name, tensor)
             start, end = end, end + tensor.numel() * tensor.element_size()
             places[name] = start, end, tensor.dtype, tensor.shape
             if tensor.device.type == "cpu" and tensor.dtype in _OF_NUMPY and tensor.is_contiguous():
                 # By one thread: PyTorch's wait for each other wherever loader workers, say, have the cores.
-                values = tensor.detach().numpy()
+                values = tensor.numpy()
                 np.copyto(host[start:end].view(values.dtype).reshape(values.shape), values)
             else:
-                _at(self._buffer, places[name]).copy_(tensor.detach(), non_blocking=pinned)
+                _at(self._buffer, places[name]).copy_(tensor, non_blocking=pinned)
         return places, end
 
-    def _make_room(self, *files: dict[str, Tensor]) -> None:
+    def _make_room(self, *files: dict[str, Piece]) -> None:
         size = 0
-        for tensors in files:
-            size = _aligned(size) + sum(t.numel() * t.element_size() for t in tensors.values())
+        for pieces in files:
+            size = _aligned(size) + sum(p.tensor.numel() * p.tensor.element_size() for p in pieces.values())
         if len(self._buffer) < size:
             self.release()  # first, so that never two are held
-            pinned = any(t.is_cuda for tensors in files for t in tensors.values())
+            pinned = any(p.tensor.is_cuda for pieces in files for p in pieces.values())
             self._buffer = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
 
-    def _write(self, path: Path, copy: "_Copy", done: Done) -> None:
+    def _write(self, path: Path, copy: "_Copy", share: Share, done: Done) -> None:
         failure = None
         try:
             if copy.arrived is not None:
                 copy.arrived.synchronize()
             copy.check_finite()
-            commit(path, copy.files(), copy.info)
+            described = write_files(share.aside, copy.files(share))
+            if share.rank == 0:
+                for other in range(1, share.size):
+                    described |= self._part_of(share, other)
+                commit(share.aside, path, described, copy.info)
+            else:
+                share.tell({"files": described})
         except Exception as error:
             failure = _with_remedy(error, path)
+            if share.rank == 0:
+                give_up(share.aside)
+            else:
+                share.tell({"error": str(failure)})
         try:
             done(failure)
         except Exception as error:
             failure = failure or _with_remedy(error, path.parent)
         self._error = failure
+
+    def _part_of(self, share: Share, rank: int) -> dict[str, Any]:
+        """Wait until another process has written its part, and return what it says of it."""
+        while (told := share.told_by(rank)) is None:
+            if time.monotonic() > self._patience:
+                raise CheckpointError(f"process {rank} did not write its part: another process of this run has ended")
+            time.sleep(0.005)
+        if "error" in told:
+            raise CheckpointError(f"process {rank} could not write its part: {told['error']}")
+        files: dict[str, Any] = told["files"]
+        return files
 
 
 class _Copy(NamedTuple):
@@ -160,6 +234,7 @@ class _Copy(NamedTuple):
 
     buffer: Tensor
     places: dict[str, _Places]
+    about: dict[str, dict[str, str]]
     parameters: frozenset[str]
     tree: Any
     info: dict[str, Any]
@@ -177,9 +252,9 @@ class _Copy(NamedTuple):
                     "has no finite gradient."
                 )
 
-    def files(self) -> dict[str, list[Any]]:
-        """Return the parts of each file."""
-        files: dict[str, list[Any]] = {TREE: [json.dumps(self.tree).encode()]}
+    def files(self, share: Share) -> dict[str, list[Any]]:
+        """Return the parts of each file that this process writes."""
+        files: dict[str, list[Any]] = {TREE: [json.dumps(self.tree).encode()]} if share.rank == 0 else {}
         for file, places in self.places.items():
             begin = min((start for start, *_ in places.values()), default=0)
             end = max((end for _, end, *_ in places.values()), default=0)
@@ -187,7 +262,8 @@ class _Copy(NamedTuple):
                 name: {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start - begin, end - begin]}
                 for name, (start, end, dtype, shape) in places.items()
             }
-            files[file] = [_framed(header), self.buffer[begin:end].numpy()]
+            name = file if share.size == 1 else shard_name(file, share.rank)
+            files[name] = [_framed(header, self.about[file]), self.buffer[begin:end].numpy()]
         return files
 
 
@@ -228,9 +304,18 @@ def _check_type(name: str, tensor: Tensor) -> None:
         )
 
 
-def _framed(header: dict[str, Any]) -> bytes:
+def _pieces(tensors: dict[str, Tensor], rank: int) -> dict[str, Piece]:
+    """Return what a process writes of tensors."""
+    for name, tensor in tensors.items():
+        _check_type(name, tensor)
+    pieces = {name: piece_of(tensor, rank) for name, tensor in tensors.items()}
+    return {name: piece for name, piece in pieces.items() if piece is not None}
+
+
+def _framed(header: dict[str, Any], about: dict[str, str]) -> bytes:
     """Return the beginning of a safetensors file: the header's length in 8 bytes, and the header."""
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    whole = {"__metadata__": {"format": "pt", **about}, **header}
+    text = json.dumps(whole, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

@@ -1,0 +1,229 @@
+"""FSDP2 gives what one process gives, and its checkpoints are anybody's."""
+
+import hashlib
+import json
+from contextlib import suppress
+
+import pytest
+import torch
+from processes import run
+from test_same_result import Tiles, assert_same, one, train
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ununennium.training import Callback, CheckpointCallback, CheckpointError, Trainer
+from ununennium.training.checkpoint import read
+from ununennium.training.distributed import whole
+
+GLOBAL, EPOCHS = 6, 3
+
+
+@pytest.mark.parametrize(("world", "samples"), [(1, 53), (2, 53), (2, 49), (3, 49)])
+def test_sharded_training_takes_the_steps_of_one_process(tmp_path, world, samples):
+    assert_same(run(world, train, tmp_path, samples, 7, {"distributed": "fsdp"}), one(samples, 7))
+
+
+class Normed(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(8, 4, 1)
+        )
+
+
+class StopsAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_batch_end(self, trainer, batch_idx, logs):
+        if trainer.state.optimizer_steps == self.step and not trainer.state.open_batches:
+            raise KeyboardInterrupt  # without a signal: nothing is saved on the way out
+
+
+def make(folder, world, distributed, callbacks=(), model=None, **kwargs):
+    model = model or nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 4, 1)).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return Trainer(
+        model, optimizer, nn.CrossEntropyLoss(ignore_index=255), DataLoader(Tiles(32), GLOBAL // world, shuffle=True),
+        DataLoader(Tiles(7, turned=False), max(GLOBAL // world, 1)),
+        callbacks=[CheckpointCallback(folder, every_n_steps=1, keep_last=100), *callbacks], seed=2, device="cpu",
+        gradient_accumulation_steps=2, gradient_clip_norm=0.5, distributed=distributed, progress=False, **kwargs,
+    )  # fmt: skip
+
+
+def result(trainer):
+    trainer._writer.wait()
+    state = trainer.optimizer.state_dict()["state"]
+    moments = {i: {k: whole(v).clone() for k, v in s.items()} for i, s in state.items()}
+    weights = {k: whole(v).clone() for k, v in trainer.model.state_dict().items()}
+    return {"weights": weights, "moments": moments, "history": trainer.history}
+
+
+def fit(rank, world, folder, distributed, epochs=EPOCHS, resume="auto", stop=None):
+    torch.manual_seed(0)
+    callbacks = [StopsAt(stop)] if stop else []
+    trainer = make(folder, world, distributed, callbacks)
+    with suppress(KeyboardInterrupt):
+        trainer.fit(epochs, resume=resume)
+    return result(trainer)
+
+
+def step(folder, number):
+    return next(folder.glob(f"step-{number:08d}-*"))
+
+
+def close(a, b):
+    for name, value in a["weights"].items():
+        torch.testing.assert_close(b["weights"][name], value, rtol=0, atol=1e-10)
+    for name, values in a["history"].items():
+        assert b["history"][name] == pytest.approx(values, rel=1e-9)
+
+
+def test_a_run_goes_on_in_any_other_kind_of_run(tmp_path):
+    """From inside an epoch: sharded over two, then over three, then in DDP, then alone, and sharded again."""
+    expected = fit(0, 1, tmp_path / "whole", False)
+    folder = tmp_path / "moving"
+    run(2, fit, tmp_path / "a", folder, "fsdp", EPOCHS, "auto", 2)
+    run(3, fit, tmp_path / "b", folder, "fsdp", EPOCHS, "auto", 4)
+    run(2, fit, tmp_path / "c", folder, True, EPOCHS, "auto", 5)
+    fit(0, 1, folder, False, EPOCHS, "auto", 7)
+    for found in run(2, fit, tmp_path / "d", folder, "fsdp"):
+        close(expected, found)
+
+
+def test_a_sharded_checkpoint_holds_the_bits_and_is_read_anywhere(tmp_path):
+    results = run(2, fit, tmp_path / "a", tmp_path / "c", "fsdp", 1)
+    path = (tmp_path / "c" / "last").resolve()
+    names = sorted(p.name for p in path.iterdir())
+    assert names == [
+        "manifest.json", "model.0.safetensors", "model.1.safetensors", "training.0.safetensors",
+        "training.1.safetensors", "training.json",
+    ]  # fmt: skip
+    contents = read(path)
+    for name, value in results[0]["weights"].items():
+        assert torch.equal(contents.model[name], value)
+    alone = make(tmp_path / "other", 1, False)
+    alone.load(path)
+    found = result(alone)
+    for number, moments in results[0]["moments"].items():
+        for name, value in moments.items():
+            assert torch.equal(found["moments"][number][name], value)
+    for found in run(2, loaded, tmp_path / "b", path):
+        for name, value in results[0]["weights"].items():
+            assert torch.equal(found["weights"][name], value)
+        for number, moments in results[0]["moments"].items():
+            for name, value in moments.items():
+                assert torch.equal(found["moments"][number][name], value)
+
+
+def loaded(rank, world, path):
+    trainer = make(path.parent / "unused", world, "fsdp")
+    trainer.load(path)
+    return result(trainer)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_pytorchs_own_reader_reads_the_shards(tmp_path):
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    results = run(2, fit, tmp_path / "a", tmp_path / "c", "fsdp", 1)
+    state = {name: torch.zeros_like(value) for name, value in results[0]["weights"].items()}
+    load(state, storage_reader=HuggingFaceStorageReader(str((tmp_path / "c" / "last").resolve())), no_dist=True)
+    assert all(torch.equal(state[name], value) for name, value in results[0]["weights"].items())
+
+
+def test_a_shard_that_is_missing_or_damaged_is_named(tmp_path):
+    run(2, fit, tmp_path / "a", tmp_path / "c", "fsdp", 1)
+    path = (tmp_path / "c" / "last").resolve()
+    shard = path / "model.1.safetensors"
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"model\.1\.safetensors is damaged"):
+        read(path)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.1\.safetensors can't be read"):
+        read(path)
+
+
+def same_bits(rank, world, folder, stop):
+    torch.manual_seed(0)
+    torch.manual_seed(rank)
+    callbacks = [StopsAt(stop)] if stop else []
+    trainer = make(folder, world, "fsdp", callbacks, model=Normed().double())
+    try:
+        trainer.fit(EPOCHS, resume="auto")
+    except KeyboardInterrupt:
+        return None
+    found = result(trainer)
+    parts = [found["weights"], found["moments"], found["history"], torch.get_rng_state().tolist()]
+    return hashlib.sha256(repr([str(part) for part in parts]).encode()).hexdigest()
+
+
+def test_a_sharded_run_that_was_left_inside_an_epoch_ends_with_the_same_bits(tmp_path):
+    """With BatchNorm, whose statistics follow process 0, and dropout, which each process draws for itself."""
+    torch.set_printoptions(precision=17, threshold=10**7)
+    try:
+        expected = run(2, same_bits, tmp_path / "a", tmp_path / "whole", None)
+        for stop in (1, 4):
+            folder = tmp_path / f"{stop}"
+            run(2, same_bits, tmp_path / f"{stop}a", folder, stop)
+            assert run(2, same_bits, tmp_path / f"{stop}b", folder, None) == expected
+    finally:
+        torch.set_printoptions(profile="default")
+
+
+def in_bf16(rank, world):
+    torch.manual_seed(0)
+    model = Normed()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    data = Tiles(24, turned=False)
+    data.images = data.images.float()
+    loader = DataLoader(data, 4, shuffle=True)
+    trainer = Trainer(
+        model, optimizer, nn.CrossEntropyLoss(ignore_index=255), loader, loader, distributed="fsdp", device="cpu",
+        mixed_precision="bf16", progress=False, seed=0, metrics=[],
+    )  # fmt: skip
+    history = trainer.fit(6)
+    return history["train_loss"], {p.dtype for p in trainer.model.parameters()}
+
+
+def test_bf16_trains_with_parameters_kept_in_float32(tmp_path):
+    losses = run(2, in_bf16, tmp_path)
+    assert losses[0] == losses[1]
+    assert losses[0][0][-1] < losses[0][0][0]
+    assert losses[0][1] == {torch.float32}
+
+
+def refusals(rank, world):
+    messages = []
+
+    class Learning(nn.CrossEntropyLoss):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+    def attempt(loss_fn=None, step=False, **kwargs):
+        model = nn.Conv2d(3, 4, 1)
+        optimizer = torch.optim.Adam([*model.parameters(), *(loss_fn.parameters() if loss_fn else ())])
+        if step:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+        loader = DataLoader(Tiles(4), 2)
+        loss_fn = loss_fn or nn.CrossEntropyLoss()
+        try:
+            Trainer(model, optimizer, loss_fn, loader, distributed="fsdp", device="cpu", progress=False, **kwargs)
+        except ValueError as error:
+            messages.append(str(error))
+
+    attempt(mixed_precision="fp16")
+    attempt(Learning())
+    attempt(step=True)
+    return messages
+
+
+def test_what_sharding_can_not_do_is_refused_with_the_reason(tmp_path):
+    for messages in run(2, refusals, tmp_path):
+        assert len(messages) == 3, json.dumps(messages)
+        assert "would skip different steps" in messages[0]
+        assert "loss has parameters of its own" in messages[1]
+        assert "an optimizer that has not stepped" in messages[2]
