@@ -37,6 +37,7 @@ bench: $(READY)  ## import, loop, data order and checkpoints against torch, a ha
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/data_order.py
 	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/distributed.py
 
 clean:
 	rm -rf $(VENV) build dist

@@ -153,10 +153,19 @@ class Group:
         try:
             collective(*arguments)
         except RuntimeError as error:
-            raise ProcessError(
-                f"process {self.rank} lost the others: one of this run has ended, and what it wrote before tells why "
-                f"({str(error).splitlines()[0][:200]})"
-            ) from error
+            raise self._lost(error) from error
+
+    def raise_if_lost(self, error: Exception) -> None:
+        """Raise `ProcessError` if an error of going backward, where gradients are reduced, is that of a lost peer."""
+        signs = ("gloo", "NCCL", "Connection", "Timed out waiting", "Broken pipe")
+        if self.size > 1 and isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> ProcessError:
+        return ProcessError(
+            f"process {self.rank} lost the others: one of this run has ended, and what it wrote before tells why "
+            f"({str(error).splitlines()[0][:200]})"
+        )
 
 
 def is_sharded(tensor: Any) -> bool:

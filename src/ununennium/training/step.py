@@ -59,6 +59,8 @@ class Stepper:
         Its counters advance with the batches and steps.
     group : Group
         The processes that train together.
+    window : int
+        Batches of a full window.
     skips : bool, default False
         Leave out a step whose loss or gradient is not finite, instead of raising. On an accelerator, the host then
         waits for the device once a window.
@@ -80,6 +82,7 @@ class Stepper:
         clip_norm: float | None,
         state: TrainState,
         group: Group,
+        window: int,
         skips: bool = False,
     ) -> None:
         self.gradient_norm: Tensor | None = None
@@ -91,6 +94,7 @@ class Stepper:
         self._clip_norm = clip_norm
         self._state = state
         self._group = group
+        self._size = window
         self._skips = skips
         self._forward: Any = compute_loss
         self._reduced: list[bool] | None = None
@@ -167,8 +171,8 @@ class Stepper:
         unit = max(targets.numel(), 1) if isinstance(targets, Tensor) else 1
         if self._group.size == 1:
             return unit
-        if not self._state.unit:  # the same in all processes, once for the run
-            self._state.unit = max(self._group.gather(unit))
+        if not self._state.unit:  # the same in all processes, once for the run; a full window without nodata totals 1
+            self._state.unit = max(self._group.gather(unit)) * self._size
         return self._state.unit
 
     def step(self, wishes: Sequence[float] = ()) -> Sequence[float]:
@@ -237,7 +241,7 @@ class Stepper:
 
     def _bad_gradient(self) -> NonFiniteError | None:
         """Divide, unscale and clip the gradient; tell whether its norm, if anybody asks for it, is not finite."""
-        if isinstance(self._total, Tensor):
+        if isinstance(self._total, Tensor) and not (self.looks and self._total == 1):
             torch._foreach_mul_([local(g) for g in self._gradients()], torch.where(self._total > 0, 1 / self._total, 0))
         self._precision.unscale(self._optimizer, self._others)
         if self._clip_norm is not None:

@@ -172,7 +172,7 @@ class Trainer:
             self._group.shard(self.model, optimizer)
         self._stepper = Stepper(
             self.compute_loss, target_counter(loss_fn), optimizer, self.precision, gradient_clip_norm, self.state,
-            self._group, skips=on_nonfinite == "skip",
+            self._group, gradient_accumulation_steps, skips=on_nonfinite == "skip",
         )  # fmt: skip
         self._figures = RunFigures(metrics, loss_fn, self.device, finite_only=on_nonfinite == "skip")
         self._unseen = {True, False}  # whether training, for which no batch has been looked at
@@ -245,9 +245,9 @@ class Trainer:
                     self._fit_epoch(epoch, inside)
                     inside = False
                     self.state.stopping = self._group.any(self.state.stopping)
-                    self._signals.check(self._group.any(self._signals.pending))
+                    self._act_on_signals(self._group.any(self._signals.pending))
                 self._writer.wait()
-                self._signals.check()
+                self._act_on_signals(self._group.any(self._signals.pending))
             except BaseException as error:
                 self._leave(error)
                 raise
@@ -277,6 +277,7 @@ class Trainer:
                 result = self._stepper.train(to_device(loaded.batch, self.device), opens, closes, loaded.counts)
                 self._observe(result, True, loaded.counts)
             except Exception as error:
+                self._group.raise_if_lost(error)
                 self._explain(error, loaded.batch, f"epoch {epoch}, batch {index}")
                 raise
             self.state.digest = loaded.digest
@@ -288,7 +289,7 @@ class Trainer:
             del result  # its outputs need not live through the next forward
             if closes:
                 self._writer.check()
-                self._signals.check(self._leaving)
+                self._act_on_signals(self._leaving)
                 if self._stopping if self.world_size > 1 else self.state.stopping:
                     break
         self.state.validating = True
@@ -474,6 +475,11 @@ class Trainer:
     def higher_is_better(self, name: str) -> bool | None:
         """Tell whether more is better for a figure of the logs; None if no metric says so."""
         return self._figures.higher_is_better(name)
+
+    def _act_on_signals(self, agreed: bool) -> None:
+        """Leave if a signal has come; of several processes all or none, at the next vote if it came after the last."""
+        if self.world_size == 1 or agreed:
+            self._signals.check(agreed)
 
     def _step(self) -> None:
         """Step, and learn what the processes have agreed on."""
