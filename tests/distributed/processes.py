@@ -18,8 +18,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run(world, function, folder, *args):
-    """Call ``function(rank, world, *args)`` in so many processes that share a group; return what each gave, by rank."""
+def run(world, function, folder, *args, limit=120):
+    """Call ``function(rank, world, *args)`` in so many processes that share a group; return what each gave, by rank.
+
+    One that takes longer than ``limit`` seconds is ended, and fails.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     port, children = free_port(), []
@@ -31,7 +34,7 @@ def run(world, function, folder, *args):
         status = 1
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(120)  # nobody else ends a child that hangs
+            signal.alarm(limit)  # nobody else ends a child that hangs
             os.environ |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),

@@ -155,13 +155,13 @@ class Group:
         except RuntimeError as error:
             raise self._lost(error) from error
 
-    def raise_if_lost(self, error: Exception) -> None:
-        """Raise `ProcessError` if an error of going backward, where gradients are reduced, is that of a lost peer."""
-        signs = ("gloo", "NCCL", "Connection", "Timed out waiting", "Broken pipe")
-        if self.size > 1 and isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
-            raise self._lost(error) from error
+    def lost(self, error: BaseException) -> ProcessError | None:
+        """Return what an error of a reduction that is not ours means, DDP's or a metric's; None for any other error."""
+        of_backend = isinstance(error, dist.DistError) or "gloo" in str(error) or "Timed out waiting" in str(error)
+        ours = isinstance(error, ProcessError) or not isinstance(error, RuntimeError)
+        return None if self.size == 1 or ours or not of_backend else self._lost(error)
 
-    def _lost(self, error: RuntimeError) -> ProcessError:
+    def _lost(self, error: BaseException) -> ProcessError:
         return ProcessError(
             f"process {self.rank} lost the others: one of this run has ended, and what it wrote before tells why "
             f"({str(error).splitlines()[0][:200]})"
@@ -256,7 +256,12 @@ def join(backend: str | None, device: str | torch.device | None) -> str | torch.
             )
         if on_cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group(backend or ("nccl" if on_cuda else "gloo"))
+        from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+        store, rank, size = next(iter(rendezvous("env://")))
+        # Else a restarted process may be given the address of one that is gone.
+        store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend or ("nccl" if on_cuda else "gloo"), store=store, rank=rank, world_size=size)
         atexit.register(_leave)
     elif backend is not None and dist.get_backend() != backend:
         raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ununennium.metrics import Dice, IoU, Metric, MetricCollection
-from ununennium.training.figures import Figures
+from ununennium.training.figures import Figures, Gather
 from ununennium.training.step import BatchResult
 from ununennium.training.targets import compares_numbers
 from ununennium.training.windows import loss_setting
@@ -54,6 +54,12 @@ class RunFigures:
         """Find out from a first batch which metrics there are."""
         fits = not compares_numbers(self._loss_fn)
         self._settle(num_classes(result.outputs, result.targets) if fits else 0)
+
+    def agree(self, gather: Gather) -> None:
+        """Learn from other processes which metrics there are, if this one has seen no batch."""
+        found = [classes for classes in gather(self._num_classes) if classes is not None]
+        if found and not self.known:
+            self._settle(found[0])
 
     def names(self, validates: bool) -> list[str]:
         """Return the names in the logs of an epoch, as far as they are known."""

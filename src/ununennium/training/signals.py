@@ -51,7 +51,7 @@ class Signals:
     def check(self, elsewhere: bool = False) -> None:
         """Raise what was asked for, here or in another process: KeyboardInterrupt for Ctrl-C, else `Preempted`."""
         if elsewhere and not self._number:
-            self._number = signal.SIGTERM
+            self._number, self._at = signal.SIGTERM, time.monotonic()
         if self._number and self.leaving is None:
             asked = self._number == signal.SIGINT
             self.leaving = KeyboardInterrupt() if asked else Preempted(128 + signal.SIGTERM)

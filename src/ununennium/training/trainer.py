@@ -159,7 +159,7 @@ class Trainer:
             lambda: TrainState(seed=secrets.randbits(32) if seed is None else int(seed))
         )
         self.epochs = 0
-        self.clock = time.monotonic()
+        self.clock = self._group.of_leader(time.monotonic)
         given = [c for c in callbacks or () if self._group.leads or not isinstance(c, ProgressCallback)]
         shows = progress and self._group.leads and not any(isinstance(c, ProgressCallback) for c in given)
         self.callbacks = CallbackList([*given, *([ProgressCallback()] if shows else [])])
@@ -249,7 +249,10 @@ class Trainer:
                 self._writer.wait()
                 self._act_on_signals(self._group.any(self._signals.pending))
             except BaseException as error:
-                self._leave(error)
+                lost = self._group.lost(error)
+                self._leave(lost or error)
+                if lost is not None:
+                    raise lost from error
                 raise
             self._writer.release()
             self.callbacks.end(self)
@@ -277,8 +280,8 @@ class Trainer:
                 result = self._stepper.train(to_device(loaded.batch, self.device), opens, closes, loaded.counts)
                 self._observe(result, True, loaded.counts)
             except Exception as error:
-                self._group.raise_if_lost(error)
-                self._explain(error, loaded.batch, f"epoch {epoch}, batch {index}")
+                if self._group.lost(error) is None:
+                    self._explain(error, loaded.batch, f"epoch {epoch}, batch {index}")
                 raise
             self.state.digest = loaded.digest
             if closes:
@@ -337,6 +340,7 @@ class Trainer:
                     raise
                 if self._leavable:
                     self._signals.check()
+        self._figures.agree(self._group.gather)
         return self._figures.val.compute(*self._over_processes)
 
     def compute_loss(self, batch: Any) -> tuple[Tensor, Any, Any]:
@@ -490,6 +494,7 @@ class Trainer:
         wishes = self._signals.pending, self.state.stopping, time.monotonic() if self._group.leads else 0.0
         leaving, stopping, self.clock = self._stepper.step(list(map(float, wishes)))
         self._leaving, self._stopping = leaving > 0, stopping > 0
+        self.state.stopping |= self._stopping  # for the checkpoint of this step
 
     @property
     def _over_processes(self) -> tuple[Any, ...]:
@@ -502,6 +507,7 @@ class Trainer:
         for figures in (self._figures.train, self._figures.val):
             figures.metrics.check_reducible()
         own = {**self._settings(), "seed": self.state.seed, "epochs": self.epochs, "state": self.state.optimizer_steps}
+        own["callbacks that save"] = [type(c).__name__ for c in self.callbacks.savers]
         for rank, other in enumerate(self._group.gather(own)):
             for name, value in other.items():
                 if value != own[name]:
@@ -587,9 +593,12 @@ class Trainer:
         if isinstance(error, NonFiniteError):
             self._name_samples(error)
         failures: list[Exception] = []
-        for save in [partial(c.save, self) for c in self.callbacks.savers if signalled] + [
-            partial(self._writer.wait, math.inf if signalled or self.world_size == 1 else 10.0)
-        ]:
+        saves = [partial(c.save, self) for c in self.callbacks.savers if signalled]
+        patience = math.inf if signalled or self.world_size == 1 else 10.0
+        last: list[Callable[[], Any]] = [*saves, partial(self._writer.wait, patience)]
+        if signalled:  # launchers end all when the first has left
+            last.append(partial(self._group.any, False))
+        for save in last:
             try:
                 save()
             except Exception as failure:
