@@ -4,6 +4,7 @@ One process alone has the same interface, in which every reduction is the identi
 """
 
 import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -276,5 +277,7 @@ def group_on(device: torch.device, distributed: bool) -> Group:
 
 
 def _leave() -> None:
+    """Destroy the group and its threads while Python is there: one that ends later may abort the process."""
+    gc.collect()  # what still holds the group: a reducer in a cycle
     if dist.is_initialized():
         dist.destroy_process_group()

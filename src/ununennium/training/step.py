@@ -125,6 +125,10 @@ class Stepper:
             self._reduced = needed
             self._forward = self._group.wrap(self._compute_loss, modules, find_unused)
 
+    def unwrap(self) -> None:
+        """Let go of what reduces gradients."""
+        self._forward, self._reduced = self._compute_loss, None
+
     def train(self, batch: Any, opens: bool, closes: bool, counts: bool = True) -> BatchResult:
         """Run one batch, already on the device, forward and back; ``opens`` and ``closes`` say where in its window.
 

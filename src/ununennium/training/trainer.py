@@ -255,6 +255,7 @@ class Trainer:
                     raise lost from error
                 raise
             self._writer.release()
+            self._stepper.unwrap()
             self.callbacks.end(self)
             self._signals.check()
         return self.history
@@ -604,6 +605,7 @@ class Trainer:
             except Exception as failure:
                 failures.append(failure)
         self._writer.release()
+        self._stepper.unwrap()
         self.callbacks.end(self, failures[0] if signalled and failures else error)
         if signalled and failures:
             raise failures[0] from error
