@@ -20,7 +20,7 @@ demo: $(READY)   ## train, validate and map a real scene (Indian Pines) in under
 test: $(READY)   ## the test suite
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
-soak: $(READY)   ## a hundred runs killed and resumed, some minutes
+soak: $(READY)   ## runs killed and resumed, processes killed under torchrun, two hosts: half an hour
 	$(BIN)/python -m pytest --numprocesses 2 -m soak $(ARGS)
 
 check: $(READY)  ## formatting, linting, typing, import rules
