@@ -1,5 +1,6 @@
 """A batch forward and back, an optimizer step, an evaluated batch."""
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -126,8 +127,10 @@ class Stepper:
             self._forward = self._group.wrap(self._compute_loss, modules, find_unused)
 
     def unwrap(self) -> None:
-        """Let go of what reduces gradients."""
+        """Let go of what reduces gradients, which would keep a process group and its threads longer than its user."""
         self._forward, self._reduced = self._compute_loss, None
+        if self._group.size > 1:
+            gc.collect()  # DistributedDataParallel is part of a cycle
 
     def train(self, batch: Any, opens: bool, closes: bool, counts: bool = True) -> BatchResult:
         """Run one batch, already on the device, forward and back; ``opens`` and ``closes`` say where in its window.
