@@ -8,15 +8,18 @@ import shutil
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from processes import run, torchrun
+from processes import free_port, run, torchrun
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 from victim_ddp import EPOCHS, Exact, build, exact_network, network, train
 
 from ununennium.training import Callback, Preempted
+from ununennium.training.distributed import _name_of_start
 
 SCRIPT = Path(__file__).with_name("victim_ddp.py")
 
@@ -114,6 +117,30 @@ def test_what_another_process_had_is_compared(tmp_path, forgotten):
         contents.training["others"][0]["figures"] = contents.training["figures"]
     package.write(tmp_path / "less", contents)
     assert run(2, resumed_from_each, tmp_path / "r", tmp_path, [tmp_path / "less"]) != [[e] for e in expected]
+
+
+def begun(rank, world, port, starts):
+    """Begin so many times on one store, as torchrun lets its processes; in the first, one is gone too soon."""
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
+    names = []
+    for start in range(starts):
+        if start == 0 and rank == world - 1:
+            continue
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(start * rank)  # each host counts for itself
+        if start == 0:
+            if rank:  # process 0 waits for the one that is gone, and is ended
+                store.set(f"call/{rank}", "of one that is gone")
+            continue
+        time.sleep(0.05 * ((rank + start) % world))
+        names.append(_name_of_start(store, rank, world))
+    return names
+
+
+def test_processes_that_start_again_on_one_store_never_meet_those_of_an_earlier_start(tmp_path):
+    server = TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    names = run(3, begun, tmp_path, server.port, 4, limit=60)
+    assert names[0] == names[1] == names[2]
+    assert len(set(names[0])) == 3
 
 
 # In other numbers of processes

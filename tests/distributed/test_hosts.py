@@ -192,6 +192,17 @@ def test_a_host_that_is_cut_off_ends_the_run_and_a_new_start_goes_on(tmp_path):
         assert expected[0] == expected[1]
         assert expected[0].endswith(f"after {STEPS} on 2")
 
+        folder = tmp_path / "killed"
+        killed = Run(hosts, script, folder, tmp_path / "one-killed", 0.1)
+        for number in (1, 2):  # each host's agent counts restarts for itself
+            deadline = time.monotonic() + 120
+            while steps_saved(folder) < number * STEPS // 3:
+                assert time.monotonic() < deadline, killed.text()
+                time.sleep(0.05)
+            os.kill(min(training_in(hosts[1], script)), signal.SIGKILL)
+        assert killed.wait(180) == [0, 0], killed.text()
+        assert killed.said("digest") == expected
+
         folder = tmp_path / "run"
         cut = Run(hosts, script, folder, tmp_path / "cut", 0.25)
         deadline = time.monotonic() + 120

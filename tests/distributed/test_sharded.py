@@ -7,11 +7,12 @@ from contextlib import suppress
 import pytest
 import torch
 from processes import run
+from safetensors.torch import load_file
 from test_same_result import Tiles, assert_same, one, train
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ununennium.training import Callback, CheckpointCallback, CheckpointError, Trainer
+from ununennium.training import Callback, CheckpointCallback, CheckpointError, Trainer, export_weights
 from ununennium.training.checkpoint import read
 from ununennium.training.distributed import whole
 
@@ -121,6 +122,18 @@ def loaded(rank, world, path):
     return result(trainer)
 
 
+def test_weights_are_exported_to_one_file(tmp_path):
+    results = run(2, fit, tmp_path / "a", tmp_path / "c", "fsdp", 1)
+    weights = results[0]["weights"]
+    export_weights(tmp_path / "c" / "last", tmp_path / "out" / "weights.safetensors")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["weights.safetensors"]
+    exported = load_file(tmp_path / "out" / "weights.safetensors")
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(exported[k], v) for k, v in weights.items())
+    with pytest.raises(FileExistsError, match=r"weights\.safetensors exists"):
+        export_weights(tmp_path / "c" / "last", tmp_path / "out" / "weights.safetensors")
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_pytorchs_own_reader_reads_the_shards(tmp_path):
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
@@ -182,15 +195,39 @@ def in_bf16(rank, world):
         model, optimizer, nn.CrossEntropyLoss(ignore_index=255), loader, loader, distributed="fsdp", device="cpu",
         mixed_precision="bf16", progress=False, seed=0, metrics=[],
     )  # fmt: skip
+    gathered = {}
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(lambda m, _, name=name: gathered.update({name: m.weight.dtype}))
     history = trainer.fit(6)
-    return history["train_loss"], {p.dtype for p in trainer.model.parameters()}
+    return history["train_loss"], {p.dtype for p in trainer.model.parameters()}, gathered
 
 
-def test_bf16_trains_with_parameters_kept_in_float32(tmp_path):
+def test_bf16_gathers_in_bf16_what_autocast_lowers_and_keeps_parameters_in_float32(tmp_path):
     losses = run(2, in_bf16, tmp_path)
     assert losses[0] == losses[1]
     assert losses[0][0][-1] < losses[0][0][0]
     assert losses[0][1] == {torch.float32}
+    assert losses[0][2] == {"0": torch.bfloat16, "1": torch.float32, "4": torch.bfloat16}
+
+
+def bf16_losses(rank, world, distributed):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 4, 1))
+    data = Tiles(24, turned=False)
+    data.images = data.images.float()
+    trainer = Trainer(
+        model, torch.optim.SGD(model.parameters(), lr=0.5), nn.CrossEntropyLoss(ignore_index=255),
+        DataLoader(data, 4 // world, shuffle=True), distributed=distributed, device="cpu", mixed_precision="bf16",
+        gradient_accumulation_steps=2, progress=False, seed=0, metrics=[],
+    )  # fmt: skip
+    return trainer.fit(4)["train_loss"]
+
+
+def test_bf16_sharded_is_bf16_of_one_process_to_its_rounding(tmp_path):
+    alone = bf16_losses(0, 1, False)
+    for losses in run(2, bf16_losses, tmp_path, "fsdp"):
+        assert losses == pytest.approx(alone, rel=4e-3)
 
 
 def refusals(rank, world):

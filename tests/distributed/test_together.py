@@ -25,6 +25,7 @@ from ununennium.training import Callback, CheckpointCallback, EarlyStoppingCallb
 from ununennium.training import distributed as processes_together
 from ununennium.training import trainer as trainer_module
 from ununennium.training.checkpoint import writer
+from ununennium.training.step import Stepper
 
 SCRIPT = Path(__file__).with_name("victim_ddp.py")
 STOPS = {"every_n_steps": None}  # nothing but epochs is saved, were it not for a signal
@@ -194,6 +195,19 @@ def stopped(rank, world, folder, place, resume=None):
 )
 def test_a_stop_in_the_last_process_ends_all_at_one_step(tmp_path, place, steps, epochs):
     assert run(3, stopped, tmp_path, None, place, limit=60) == [(steps, epochs, epochs)] * 3
+
+
+def stopped_on_an_accelerator(rank, world, folder, place):
+    Stepper.looks = property(lambda self: False, lambda self, value: None)  # in this process only
+    return stopped(rank, world, folder, place)
+
+
+@pytest.mark.parametrize(
+    ("place", "steps", "epochs"), [(("batch_start", 1), 3, 1), (("batch_start", 3), 5, 2), (("batch_start", 5), 6, 2)]
+)
+def test_where_the_device_is_not_waited_for_a_vote_counts_a_step_later(tmp_path, place, steps, epochs):
+    found = run(3, stopped_on_an_accelerator, tmp_path, None, place, limit=60)
+    assert found == [(steps, epochs, epochs)] * 3
 
 
 def test_a_run_killed_after_another_process_has_stopped_it_stays_stopped(tmp_path):

@@ -7,6 +7,7 @@ from ununennium.training.callbacks import (
     LRSchedulerCallback,
     ProgressCallback,
 )
+from ununennium.training.checkpoint import export_weights
 from ununennium.training.errors import BatchError, CheckpointError, DataOrderError, NonFiniteError, Preempted
 from ununennium.training.trainer import Trainer
 
@@ -22,4 +23,5 @@ __all__ = [
     "Preempted",
     "ProgressCallback",
     "Trainer",
+    "export_weights",
 ]

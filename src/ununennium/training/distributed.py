@@ -6,7 +6,9 @@ One process alone has the same interface, in which every reduction is the identi
 import atexit
 import gc
 import os
+import secrets
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -51,6 +53,24 @@ class Group:
         self._call(dist.all_reduce, total)
         return total
 
+    def start_sum(self, total: Tensor | float, numbers: Sequence[float]) -> Callable[[], Tensor]:
+        """Begin to sum a 0-dimensional tensor and some numbers over all processes, float64, in one vector.
+
+        What is returned gives the sums; on CUDA its stream waits for them, and not the host.
+        """
+        host = torch.tensor(numbers, dtype=torch.float64)
+        on_cuda = self.device.type == "cuda"
+        rest = (host.pin_memory() if on_cuda else host).to(self.device, non_blocking=on_cuda)
+        first = total if isinstance(total, Tensor) else torch.full((), total)
+        votes = torch.cat([first.reshape(1).to(self.device, torch.float64), rest])
+        work = self._call(dist.all_reduce, votes, async_op=True)
+
+        def finish() -> Tensor:
+            self._call(work.wait)
+            return votes
+
+        return finish
+
     def any(self, wish: bool) -> bool:
         """Tell whether a process wants something."""
         return wish if self.size == 1 else bool(self.sum(torch.tensor(float(wish))).item())
@@ -92,12 +112,12 @@ class Group:
             for tensor, part in zip(alike, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    def shard(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def shard(self, model: nn.Module, optimizer: torch.optim.Optimizer, lower: torch.dtype | None = None) -> None:
         """Shard a model's parameters over the processes with FSDP2, and point the optimizer at the shards.
 
-        Blocks with a fair part of the parameters are gathered one at a time, the rest with the whole model; in their
-        own type, which autocast turns into a lower one where it does so in one process, since BatchNorm's statistics
-        go with no other.
+        Blocks with a fair part of the parameters are gathered one at a time, the rest with the whole model. Blocks of
+        convolutions and linear layers, which autocast turns into the lower type in one process too, are gathered in
+        it; others, such as BatchNorm, in their own. Gradients are summed in their own type.
 
         Parameters
         ----------
@@ -105,6 +125,8 @@ class Group:
             Changed in place; all processes begin with the weights of process 0.
         optimizer : torch.optim.Optimizer
             Its groups hold the sharded parameters afterwards, in the same order.
+        lower : torch.dtype, optional
+            What autocast computes in.
 
         Raises
         ------
@@ -112,7 +134,7 @@ class Group:
             If the optimizer has taken a step already.
         """
         from torch.distributed.device_mesh import init_device_mesh  # they take seconds
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         if optimizer.state:
             raise ValueError('distributed="fsdp" needs an optimizer that has not stepped: make a new one, and load')
@@ -120,8 +142,10 @@ class Group:
         names = {id(p): name for name, p in model.named_parameters()}
         held = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         mesh = init_device_mesh(self.device.type, (self.size,))
+        own = MixedPrecisionPolicy(cast_forward_inputs=False)
+        lowered = MixedPrecisionPolicy(lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in [*_blocks(model), model]:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=lowered if lower and _is_lowered(block) else own)
         sharded = dict(model.named_parameters())
         for group, of_group in zip(optimizer.param_groups, held, strict=True):
             group["params"] = [sharded[name] for name in of_group]
@@ -150,9 +174,9 @@ class Group:
         finally:
             self.sharded.set_requires_gradient_sync(True)
 
-    def _call(self, collective: Callable[..., Any], *arguments: Any) -> None:
+    def _call(self, collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
-            collective(*arguments)
+            return collective(*arguments, **options)
         except RuntimeError as error:
             raise self._lost(error) from error
 
@@ -167,6 +191,21 @@ class Group:
             f"process {self.rank} lost the others: one of this run has ended, and what it wrote before tells why "
             f"({str(error).splitlines()[0][:200]})"
         )
+
+
+def reader(tensor: Tensor) -> Callable[[], list[float]]:
+    """Return what reads the numbers of a tensor as they are now, without waiting for what the device does later."""
+    if tensor.device.type == "cpu":
+        return tensor.clone().tolist
+    host = tensor.to("cpu", non_blocking=True)
+    copied = torch.accelerator.current_stream(tensor.device).record_event()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        numbers: list[float] = host.tolist()
+        return numbers
+
+    return read
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -206,6 +245,13 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
     visit(model)
     return found
+
+
+def _is_lowered(block: nn.Module) -> bool:
+    """Tell whether all parameters of a block are float32 and of layers that autocast runs in a lower type."""
+    layers = [m for m in block.modules() if next(m.parameters(recurse=False), None) is not None]
+    alike = all(isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) for layer in layers)
+    return alike and all(p.dtype is torch.float32 for p in block.parameters())
 
 
 class _Forward(nn.Module):
@@ -261,7 +307,7 @@ def join(backend: str | None, device: str | torch.device | None) -> str | torch.
 
         store, rank, size = next(iter(rendezvous("env://")))
         # Else a restarted process may be given the address of one that is gone.
-        store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = PrefixStore(_name_of_start(store, rank, size), store)
         dist.init_process_group(backend or ("nccl" if on_cuda else "gloo"), store=store, rank=rank, world_size=size)
         atexit.register(_leave)
     elif backend is not None and dist.get_backend() != backend:
@@ -269,6 +315,32 @@ def join(backend: str | None, device: str | torch.device | None) -> str | torch.
             f"backend={backend!r}, but the process group that is there has {dist.get_backend()!r}: leave backend out"
         )
     return device
+
+
+def _name_of_start(store: Any, rank: int, size: int) -> str:
+    """Return a name that the processes of this start share, and those of an earlier one on the same store did not.
+
+    torchrun keeps its store over restarts, and each host counts them by itself, so neither tells one start from
+    another. Each process calls under a name of its own; process 0 answers what it finds until all have thanked for it.
+    """
+    name = secrets.token_hex(8)
+    if rank:
+        store.set(f"call/{rank}", name)
+        start: str = store.get(name).decode()
+        store.set(f"{start}/{rank}", "thanks")
+        return start
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{name}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"call/{other}"]):
+                store.set(store.get(f"call/{other}").decode(), name)  # of this start or of one that is gone
+        if time.monotonic() > deadline:
+            raise ProcessError(f"of {size} processes {len(missing)} did not come: {sorted(missing)}, counted from 0")
+        time.sleep(0.002)
+    return name
 
 
 def group_on(device: torch.device, distributed: bool) -> Group:

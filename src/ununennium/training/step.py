@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ununennium.training.distributed import Group, local, whole
+from ununennium.training.distributed import Group, local, reader, whole
 from ununennium.training.errors import NonFiniteError
 from ununennium.training.precision import Precision
 from ununennium.training.state import TrainState
@@ -104,6 +104,8 @@ class Stepper:
         self._before: list[Tensor] = []
         self._others: list[Tensor] = []
         self._window: list[tuple[Tensor, Tensor | int]] = []
+        self._votes: Callable[[], Tensor] | None = None
+        self._heard: Callable[[], list[float]] | None = None
         self._unit = 1
         self._total: Tensor | float = 0.0
 
@@ -121,6 +123,7 @@ class Stepper:
 
     def wrap(self, modules: Sequence[nn.Module], find_unused: bool) -> None:
         """Have the gradient of these modules reduced over all processes at the end of a window."""
+        self._heard = None
         needed = [p.requires_grad for module in modules for p in module.parameters()]
         if needed != self._reduced:  # at the beginning, and when a callback has frozen or freed some
             self._reduced = needed
@@ -132,16 +135,27 @@ class Stepper:
         if self._group.size > 1:
             gc.collect()  # DistributedDataParallel is part of a cycle
 
-    def train(self, batch: Any, opens: bool, closes: bool, counts: bool = True) -> BatchResult:
-        """Run one batch, already on the device, forward and back; ``opens`` and ``closes`` say where in its window.
+    def train(
+        self, batch: Any, opens: bool, closes: bool, counts: bool = True, wishes: Sequence[float] = ()
+    ) -> BatchResult:
+        """Run one batch, already on the device, forward and back; the optimizer steps in `step`.
 
-        The optimizer steps in `step`, when the window is closed. A batch that does not count has no effect, but takes
-        part in what the processes do together.
+        Parameters
+        ----------
+        batch : Any
+            What the loader gave, on the device.
+        opens, closes : bool
+            Whether it is the first and the last of its window.
+        counts : bool, default True
+            Without it the batch has no effect, but takes part in what the processes do together.
+        wishes : sequence of float
+            Numbers to be summed over the processes with the last batch, in the one vote that a window needs anyhow:
+            cast before going backward, it is there when the gradient is.
         """
         with nullcontext() if closes else self._group.gathering(self._forward):
-            return self._train(batch, opens, closes, counts)
+            return self._train(batch, opens, closes, counts, wishes)
 
-    def _train(self, batch: Any, opens: bool, closes: bool, counts: bool) -> BatchResult:
+    def _train(self, batch: Any, opens: bool, closes: bool, counts: bool, wishes: Sequence[float]) -> BatchResult:
         if opens:
             self._window.clear()
             self._total = 0.0
@@ -154,6 +168,7 @@ class Stepper:
         with self._precision.autocast():
             loss, outputs, targets = self._forward(batch)
         count = self._count(outputs, targets, batch) if counts else 0
+        self._window.append((loss.detach(), count))
         alone = self._group.size == 1
         if alone and self.looks and not count:
             self._add_nothing()
@@ -167,9 +182,11 @@ class Stepper:
                     self._unit = self._unit_of(targets)
                 share = _exact(count, loss.device) / self._unit
                 self._total = self._total + share
+                if closes and not alone:
+                    bad = (self.looks or self._skips) and self._place_of_bad_loss() is not None
+                    self._votes = self._group.start_sum(self._total, [float(bad), *wishes])
                 self._precision.scale(loss).backward(share.to(loss.dtype))
         loss = loss.detach()
-        self._window.append((loss, count))
         self._state.batch += 1
         self._state.open_batches += 1
         return BatchResult(loss, count, outputs.detach() if isinstance(outputs, Tensor) else outputs, targets)
@@ -182,18 +199,14 @@ class Stepper:
             self._state.unit = max(self._group.gather(unit)) * self._size
         return self._state.unit
 
-    def step(self, wishes: Sequence[float] = ()) -> Sequence[float]:
-        """Close the window: agree with the other processes, divide, unscale, clip, step.
-
-        Parameters
-        ----------
-        wishes : sequence of float
-            Numbers to be summed over the processes, in the one reduction that a window needs anyhow.
+    def step(self) -> Sequence[float]:
+        """Close the window: divide by what all processes counted, unscale, clip, step.
 
         Returns
         -------
         sequence of float
-            Their sums.
+            The sums of the wishes over the processes, of the window before this one where the device must not be
+            waited for; empty if there are none yet.
 
         Raises
         ------
@@ -203,8 +216,10 @@ class Stepper:
         """
         self._state.open_batches = 0
         bad = self._bad_loss() if self.looks or self._skips else None
-        if self._group.size > 1:
-            num_bad, *wishes = self._agree([float(bad is not None), *wishes])
+        heard: Sequence[float] = ()
+        if self._votes is not None:
+            num_bad, *heard = self._hear(self._votes()) or [0.0]
+            self._votes = None
             if num_bad and bad is None:
                 bad = NonFiniteError("the loss of another process was not finite: what it wrote names step and samples")
         if bad is None:
@@ -215,17 +230,15 @@ class Stepper:
             self._state.optimizer_steps += 1
         else:
             self._state.skipped_steps += 1
-        return wishes
+        return heard
 
-    def _agree(self, numbers: Sequence[float]) -> list[float]:
-        """Sum the window's count and some numbers over the processes; return the numbers."""
-        total = self._total if isinstance(self._total, Tensor) else torch.zeros((), dtype=torch.float64)
-        votes = torch.cat(
-            [total.reshape(1).to(torch.float64), torch.tensor(numbers, dtype=torch.float64).to(total.device)]
-        )
-        votes = self._group.sum(votes)
+    def _hear(self, votes: Tensor) -> list[float]:
+        """Take over the count of all processes, and return the other sums, once they can be read without waiting."""
         self._total = votes[0] / self._group.size  # by which the reduction of the gradient has divided it already
-        return votes[1:].tolist()
+        if self.looks or self._skips:
+            return list(votes[1:].tolist())
+        before, self._heard = self._heard, reader(votes[1:])
+        return before() if before is not None else []
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> BatchResult:
@@ -240,11 +253,15 @@ class Stepper:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _bad_loss(self) -> NonFiniteError | None:
+    def _place_of_bad_loss(self) -> int | None:
         for place, (loss, count) in enumerate(self._window):
             if not math.isfinite(loss) and count != 0:  # a mean over nothing is NaN, and nothing
-                return self._complaint("the loss", loss, place)
+                return place
         return None
+
+    def _bad_loss(self) -> NonFiniteError | None:
+        place = self._place_of_bad_loss()
+        return None if place is None else self._complaint("the loss", self._window[place][0], place)
 
     def _bad_gradient(self) -> NonFiniteError | None:
         """Divide, unscale and clip the gradient; tell whether its norm, if anybody asks for it, is not finite."""

@@ -169,7 +169,7 @@ class Trainer:
         self._val_batches = EpochLoader(() if val_loader is None else val_loader, 1, *share, pads=sharded)
         if sharded:
             checks.check_sharding(loss_fn, self.precision.scales)
-            self._group.shard(self.model, optimizer)
+            self._group.shard(self.model, optimizer, self.precision.dtype)
         self._stepper = Stepper(
             self.compute_loss, target_counter(loss_fn), optimizer, self.precision, gradient_clip_norm, self.state,
             self._group, gradient_accumulation_steps, skips=on_nonfinite == "skip",
@@ -261,7 +261,8 @@ class Trainer:
         return self.history
 
     def _fit_epoch(self, epoch: int, inside: bool) -> None:
-        entry, self._entry, self._leavable = self._entry, None, False
+        entry, self._entry = self._entry, None
+        self._leavable = self._leaving = self._stopping = False
         if not inside:
             self.state.begin_epoch(epoch)
             self._figures.train.reset()
@@ -278,7 +279,8 @@ class Trainer:
             for hook in self.callbacks.batch_start:
                 hook(self, index)
             try:
-                result = self._stepper.train(to_device(loaded.batch, self.device), opens, closes, loaded.counts)
+                wishes = self._wishes()
+                result = self._stepper.train(to_device(loaded.batch, self.device), opens, closes, loaded.counts, wishes)
                 self._observe(result, True, loaded.counts)
             except Exception as error:
                 if self._group.lost(error) is None:
@@ -486,16 +488,22 @@ class Trainer:
         if self.world_size == 1 or agreed:
             self._signals.check(agreed)
 
+    def _wishes(self) -> Sequence[float]:
+        """Return what is voted on with a window: whether to leave, whether to stop, and the time by process 0."""
+        if self.world_size == 1:
+            return ()
+        leaving, stopping = float(self._signals.pending), float(self.state.stopping)
+        return leaving, stopping, time.monotonic() if self._group.leads else 0.0
+
     def _step(self) -> None:
         """Step, and learn what the processes have agreed on."""
+        heard = self._stepper.step()
         if self.world_size == 1:
-            self._stepper.step()
             self.clock = time.monotonic()
-            return
-        wishes = self._signals.pending, self.state.stopping, time.monotonic() if self._group.leads else 0.0
-        leaving, stopping, self.clock = self._stepper.step(list(map(float, wishes)))
-        self._leaving, self._stopping = leaving > 0, stopping > 0
-        self.state.stopping |= self._stopping  # for the checkpoint of this step
+        elif heard:
+            leaving, stopping, self.clock = heard
+            self._leaving, self._stopping = leaving > 0, stopping > 0
+            self.state.stopping |= self._stopping  # for the checkpoint of this step
 
     @property
     def _over_processes(self) -> tuple[Any, ...]:

@@ -141,6 +141,45 @@ def read(path: str | Path) -> Contents:
     return _from_1(contents) if manifest["format"] == 1 else contents
 
 
+def export_weights(path: str | Path, destination: str | Path) -> Path:
+    """Write a checkpoint's weights, sharded or not, to one safetensors file, whole or not at all.
+
+    Parameters
+    ----------
+    path : str or Path
+        A checkpoint, or a link to one.
+    destination : str or Path
+        The file; its folder is made if need be.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    FileExistsError
+        If it exists.
+    CheckpointError
+        If the checkpoint is damaged.
+    """
+    from safetensors.torch import save
+
+    destination = Path(destination)
+    if destination.exists():
+        raise FileExistsError(f"{destination} exists: name another file, or remove it")
+    data = save(read(path).model)
+    os.makedirs(destination.parent, exist_ok=True)
+    aside = destination.parent / f"{ASIDE}{destination.name}-{secrets.token_hex(4)}"
+    try:
+        _write(aside, [data])
+        os.rename(aside, destination)
+    finally:
+        aside.unlink(missing_ok=True)
+    flush(destination.parent)
+    return destination
+
+
 def manifest_of(folder: Path) -> dict[str, Any]:
     """Read a checkpoint's manifest alone, and verify it against its own digest.
 
