@@ -14,7 +14,16 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 
 from ununennium.losses import DiceLoss
 from ununennium.metrics import IoU
-from ununennium.training import Callback, CheckpointCallback, NonFiniteError, ProgressCallback, Trainer
+from ununennium.models import RasterModel, create_model
+from ununennium.training import (
+    BatchError,
+    Callback,
+    CheckpointCallback,
+    NonFiniteError,
+    ProgressCallback,
+    Trainer,
+)
+from ununennium.training.checkpoint import read
 from ununennium.training.step import Stepper
 
 IGNORE = 255
@@ -576,3 +585,69 @@ def test_a_memory_that_no_checkpoint_holds_is_found_before_the_first_step(make_m
     with pytest.raises(TypeError, match=r"Remembers\.state_dict\(\)\.log\.1 is a builtins\.function"):
         trainer.fit(1)
     assert trainer.state.optimizer_steps == 0
+
+
+def test_transforms_of_batches_are_applied_on_their_side_alone_and_their_draws_are_resumed(
+    make_model, make_data, tmp_path
+):
+    seen = {True: [], False: []}
+
+    def transform(training):
+        def apply(batch):
+            images, masks = batch
+            factor = torch.rand(()) if training else torch.rand(()).round() + 1
+            seen[training].append(float(images.sum() * factor))
+            return images * factor, masks
+
+        return apply
+
+    def fit(epochs, folder, **kwargs):
+        torch.manual_seed(3)
+        model = make_model()
+        trainer = Trainer(
+            model, torch.optim.AdamW(model.parameters()), nn.CrossEntropyLoss(ignore_index=255),
+            DataLoader(make_data(), 2, shuffle=True), DataLoader(make_data(), 2), device="cpu", seed=1, progress=False,
+            callbacks=[CheckpointCallback(folder)], train_transform=transform(True), val_transform=transform(False),
+        )  # fmt: skip
+        return trainer.fit(epochs, **kwargs), model
+
+    whole, model = fit(2, tmp_path / "whole")
+    assert len(seen[True]) == len(seen[False]) == 20
+    assert len(set(seen[True])) == 20
+    fit(1, tmp_path / "parts")
+    parts, other = fit(2, tmp_path / "parts", resume="auto")
+    assert parts == whole
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_batch_that_a_transform_spoils_is_explained_as_the_step_saw_it(make_model, loader):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_fn = nn.CrossEntropyLoss(ignore_index=255)
+    wrong = Trainer(
+        model, optimizer, loss_fn, loader, progress=False, train_transform=lambda batch: (batch[0][:, :2], batch[1])
+    )
+    with pytest.raises(BatchError, match=r"3 .*2|2 .*3"):
+        wrong.fit(1)
+    with pytest.raises(TypeError, match="val_transform must be a callable that takes a batch"):
+        Trainer(model, optimizer, loss_fn, loader, loader, progress=False, val_transform=0.5)
+
+
+def test_a_checkpoint_knows_what_its_model_is_made_of_and_its_configuration(make_data, loader, tmp_path):
+    network = create_model("unet_resnet18", in_channels=3, num_classes=4)
+    model = RasterModel(network, ["B4", "B3", "B2"], [1, 2, 3], [4, 5, 6], class_names=list("abcd")).double()
+    config = {"data": {"scenes": ["a.tif"], "classes": {1: "forest"}}}
+    trainer = Trainer(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), loader, progress=False, config=config
+    )
+    info = read(trainer.save(tmp_path / "c")).info
+    assert info["config"] == config
+    assert info["model"] == model.model_config
+    again = RasterModel.from_config(info["model"])
+    again.load_state_dict(read(tmp_path / "c").model)
+    assert torch.equal(again.std, torch.tensor([4.0, 5.0, 6.0]))
+    with pytest.raises(TypeError, match=r"config\.path"):
+        Trainer(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), loader, progress=False,
+            config={"path": tmp_path}, callbacks=[CheckpointCallback(tmp_path / "d", monitor="train_loss")],
+        ).fit(1)  # fmt: skip

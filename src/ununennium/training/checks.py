@@ -217,3 +217,12 @@ def _exists(device: torch.device) -> bool:
     except Exception:  # whatever a backend raises that is not there
         return False
     return True
+
+
+def check_transform(name: str, transform: Any) -> Any:
+    """Return a transform of batches; raise if it can't be called, as one of the two sides of a split would."""
+    if transform is None or callable(transform):
+        return transform
+    raise TypeError(
+        f"{name} must be a callable that takes a batch and returns the batch to use, got {describe(transform)}"
+    )

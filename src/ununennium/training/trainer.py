@@ -84,8 +84,16 @@ class Trainer:
     sync_batchnorm : bool, default False
         Let BatchNorm compute its statistics over all processes (CUDA only). By default each uses its own share of a
         batch, and the running statistics are those of process 0.
+    train_transform, val_transform : callable, optional
+        ``transform(batch)`` returns the batch to use, called once a batch on the device: augmentation and
+        normalisation of whole batches, such as Kornia's. What the training one draws from the global generators goes
+        on exactly when a run is resumed.
     progress : bool, default True
         Show a progress bar and a table of epochs.
+    config : mapping, optional
+        Plain data to be kept in the manifest of every checkpoint: the configuration that the run was made of. What the
+        model can be made of anew (``model_config``, which a `RasterModel` and `create_model`'s models have) is kept
+        without being asked for.
 
     Attributes
     ----------
@@ -124,7 +132,10 @@ class Trainer:
         seed: int | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         sync_batchnorm: bool = False,
+        train_transform: Callable[[Any], Any] | None = None,
+        val_transform: Callable[[Any], Any] | None = None,
         progress: bool = True,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         checks.check_model_and_loss(model, loss_fn)
         checks.check_optimizer(optimizer, model, loss_fn)
@@ -154,6 +165,9 @@ class Trainer:
         self.gradient_clip_norm = gradient_clip_norm
         self.find_unused_params = find_unused_params
         self.on_nonfinite = on_nonfinite
+        self.train_transform = checks.check_transform("train_transform", train_transform)
+        self.val_transform = checks.check_transform("val_transform", val_transform)
+        self.config = None if config is None else dict(config)
         self.precision = Precision(mixed_precision, self.device)
         self.state: TrainState = self._group.of_leader(
             lambda: TrainState(seed=secrets.randbits(32) if seed is None else int(seed))
@@ -280,11 +294,11 @@ class Trainer:
                 hook(self, index)
             try:
                 wishes = self._wishes()
-                result = self._stepper.train(to_device(loaded.batch, self.device), opens, closes, loaded.counts, wishes)
+                result = self._stepper.train(self._prepare(loaded.batch, True), opens, closes, loaded.counts, wishes)
                 self._observe(result, True, loaded.counts)
             except Exception as error:
                 if self._group.lost(error) is None:
-                    self._explain(error, loaded.batch, f"epoch {epoch}, batch {index}")
+                    self._explain(error, loaded.batch, True, f"epoch {epoch}, batch {index}")
                 raise
             self.state.digest = loaded.digest
             if closes:
@@ -336,10 +350,10 @@ class Trainer:
                 module.eval()
             for index, loaded in enumerate(self._val_batches.epoch(self.state.seed, epoch=0)):
                 try:
-                    result = self._stepper.evaluate(to_device(loaded.batch, self.device))
+                    result = self._stepper.evaluate(self._prepare(loaded.batch, False))
                     self._observe(result, False, loaded.counts)
                 except Exception as error:
-                    self._explain(error, loaded.batch, f"validation batch {index}")
+                    self._explain(error, loaded.batch, False, f"validation batch {index}")
                     raise
                 if self._leavable:
                     self._signals.check()
@@ -545,6 +559,7 @@ class Trainer:
         memories = {f"{type(c).__name__}.state_dict()": c.state_dict() for c in self.callbacks.with_memory}
         if self.callbacks.savers:
             memories["the state of the metrics"] = self._figures.state_dict()
+            memories["config"] = self.config or {}
         checkpoint.check_memories(memories)
 
     def _check_finite(self, epoch: int) -> None:
@@ -621,11 +636,23 @@ class Trainer:
             error.add_note(f"Then a checkpoint could not be written: {missed}")
         self._signals.hand_on()
 
-    def _explain(self, error: Exception, batch: Any, place: str) -> None:
+    def _prepare(self, batch: Any, training: bool) -> Any:
+        """Return what a loader gave as the step takes it."""
+        transform = self.train_transform if training else self.val_transform
+        batch = to_device(batch, self.device)
+        return batch if transform is None else transform(batch)
+
+    def _explain(self, error: Exception, batch: Any, training: bool, place: str) -> None:
         """Raise a batch's error with its cause if it shows, else note where it happened."""
         cause = None
         if self._standard_step:
-            cause = explain(error, batch, self.model, self.loss_fn, self.device)
+            try:
+                with RandomState.capture().put_back():
+                    prepared = self._prepare(batch, training)
+            except Exception:  # then that is the cause, and shows by itself
+                prepared = None
+            if prepared is not None:
+                cause = explain(error, prepared, self.model, self.loss_fn, self.device)
         (cause or error).add_note(f"This happened in {place}.")
         if cause is not None:
             raise cause from error
@@ -640,6 +667,7 @@ class Trainer:
 
     def _run(self) -> checkpoint.Run:
         inside = self.state.inside_epoch
+        about = {"model": getattr(self.model, "model_config", None), "config": self.config}
         return checkpoint.Run(
             self.model,
             self.loss_fn,
@@ -652,6 +680,7 @@ class Trainer:
             loader=self._train_batches.state_dict() if inside else None,
             gather=self._gather,
             entry=self._entry,
+            about={k: v for k, v in about.items() if v is not None},
         )
 
     def _gather(self, value: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """What a checkpoint holds of a run, gathered and put back under names that do not depend on wrappers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,6 +51,8 @@ class Run(NamedTuple):
         ``gather(value)`` returns what every process has, by rank, to all of them.
     entry : Entry or None
         Where the run goes on, if it was restored and has not gone on yet.
+    about : dict
+        What the manifest says beside it, plain data: what the model can be made of anew, the run's configuration.
     """
 
     model: nn.Module
@@ -63,6 +66,7 @@ class Run(NamedTuple):
     loader: dict[str, Any] | None = None
     gather: Callable[[Any], list[Any]] = _alone
     entry: Entry | None = None
+    about: Mapping[str, Any] = MappingProxyType({})
 
 
 def gather(run: Run) -> Contents:
@@ -88,7 +92,7 @@ def gather(run: Run) -> Contents:
     }
     figures = state.records[-1][1] if state.records else {}
     position = {"epoch": state.epoch, "batch": state.batch, "optimizer_steps": state.optimizer_steps}
-    info = {"run": state.run, "position": position, "figures": figures}
+    info = {"run": state.run, "position": position, "figures": figures, **run.about}
     parameters = frozenset(name for name, _ in _canonical_parameters(run.model))
     return Contents(weights, training, info, parameters)
 
