@@ -33,11 +33,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## import, loop, data order and checkpoints against torch, a hand-written loop and the plain loader
+bench: $(READY)  ## import, loop, data order, checkpoints, processes, chips and maps against peers in the same run
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/data_order.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/distributed.py
+	$(BIN)/python benchmarks/chips.py
+	$(BIN)/python benchmarks/prediction.py
 
 clean:
 	rm -rf $(VENV) build dist

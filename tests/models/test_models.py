@@ -1,4 +1,7 @@
-import socket
+import copy
+import functools
+import json
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -10,22 +13,7 @@ import torch
 from torch import nn
 
 import ununennium.models
-from ununennium.models import _registry, create_model, list_models, register_model
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a model asked for the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.fixture(autouse=True)
-def _own_registrations(monkeypatch):
-    monkeypatch.setattr(_registry, "_factories", {})
+from ununennium.models import RasterModel, _registry, create_model, list_models, register_model
 
 
 def make_head(in_channels, num_classes, weights, **kwargs):
@@ -38,7 +26,7 @@ def encoder_in_use(model):
 
 
 def test_exports_are_exactly_the_public_names():
-    assert ununennium.models.__all__ == ["create_model", "list_models", "register_model"]
+    assert ununennium.models.__all__ == ["RasterModel", "create_model", "list_models", "register_model"]
 
 
 def test_importing_and_registering_leave_the_heavy_libraries_alone():
@@ -46,7 +34,7 @@ def test_importing_and_registering_leave_the_heavy_libraries_alone():
 import sys
 from ununennium.models import register_model
 register_model("tiny", lambda **kwargs: None)
-heavy = {"segmentation_models_pytorch", "timm", "torchvision", "torch"} & set(sys.modules)
+heavy = {"segmentation_models_pytorch", "timm", "torchvision", "torchgeo", "safetensors"} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -144,6 +132,8 @@ def test_a_tag_of_timm_becomes_part_of_the_encoder_name(weights, pretrained, mon
         ("dpt_vit_base_patch16_clip_quickgelu_224", "imagenet", "known: metaclip_2pt5b, metaclip_400m, openai"),
         ("unet_tu-resnet32ts", "landsat", "known: ra2_in1k"),
         ("unet_tu-vovnet57a", "imagenet", "known: none"),
+        ("resnet18", "landsat", "known: a1_in1k, "),
+        ("vovnet57a", "imagenet", "known: none"),
     ],
 )
 def test_unknown_weights_are_answered_with_the_known(name, weights, known):
@@ -164,6 +154,9 @@ def test_unknown_weights_are_answered_with_the_known(name, weights, known):
         ("unet_qqqqqqqq", "known: none.", "unet_*"),
         ("qqqqqqqq", "known: none.", "*"),
         ("my_hed", "known: my_head.", "*"),
+        ("resnet5O", "resnet50", "resnet*"),
+        ("ResNet-18", "resnet18", "resnet*"),
+        ("convnext-tny", "convnext_tiny", "convnext*"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name, nearest, pattern):
@@ -199,9 +192,11 @@ def test_listed_names_are_sorted_and_each_is_found():
     assert names == sorted(set(names))
     known = {_registry.normalize(f"{a}_{e}") for a in ("unet", "dpt") for e in _segmentation._usable_encoders(a)}
     for name in [name for name in names if name.startswith(("unet_", "dpt_"))][::25]:
-        architecture, encoder = _segmentation.find(name)
-        assert _registry.normalize(f"{architecture}_{encoder}") in known
-    assert {name.partition("_")[0] for name in names} == set(smp.MODEL_ARCHITECTURES_MAPPING)
+        found = _segmentation.find(name)
+        assert _registry.normalize(f"{found.architecture}_{found.encoder_name}") in known
+    bare = set(timm.list_models())
+    assert bare < set(names)
+    assert {name.partition("_")[0] for name in names if name not in bare} == set(smp.MODEL_ARCHITECTURES_MAPPING)
 
 
 def test_no_two_listed_names_mean_the_same_model():
@@ -224,6 +219,9 @@ def test_listing_takes_wildcards_and_leaves_out_what_can_not_be_built():
         assert not list_models(f"{architecture}_vgg*")
     assert not list_models("linknet_mit*")
     assert not list_models("*timm-*")  # deprecated by smp, still accepted
+    assert list_models("ResNet5?") == ["resnet50"]
+    assert "convnext_tiny" in list_models("convnext_*")
+    assert not list_models("mit_b*")  # smp has this encoder, but timm no model of images
 
 
 def test_registered_as_a_function_and_as_a_decorator():
@@ -241,7 +239,11 @@ def test_registered_as_a_function_and_as_a_decorator():
     assert other.bias is None
 
 
-@pytest.mark.parametrize("name", ["my_head", "My-Head", "unet_resnet50", "unet_tu-resnet50", "UNet-convnext-tiny"])
+@pytest.mark.parametrize(
+    "name",
+    ["my_head", "My-Head", "unet_resnet50", "unet_tu-resnet50", "UNet-convnext-tiny", "resnet50", "ConvNeXt-Tiny",
+     "NASNetALarge"],
+)  # fmt: skip
 def test_a_taken_name_needs_overwrite(name):
     register_model("my_head", make_head)
     with pytest.raises(ValueError, match=f"{name}.*overwrite=True"):
@@ -254,3 +256,111 @@ def test_a_taken_name_needs_overwrite(name):
 def test_an_empty_name_is_refused():
     with pytest.raises(ValueError, match="needs a name"):
         register_model(" ", make_head)
+
+
+def test_all_of_timms_names_without_underscore_and_digit_are_known():
+    words = {n for n in map(_registry.normalize, timm.list_models()) if "_" not in n and not any(map(str.isdigit, n))}
+    assert words <= _registry._TIMMS_WORDS
+
+
+@pytest.mark.parametrize("name", ["resnet18", "ConvNeXt-Atto", "test_vit", "ghostnet_050", "test_convnext"])
+def test_a_bare_name_is_a_model_of_whole_images(name):
+    size = 160 if name == "test_vit" else 64
+    model = create_model(name, in_channels=12, num_classes=7).eval()
+    with torch.no_grad():
+        logits = model(torch.randn(2, 12, size, size))
+    assert logits.shape == (2, 7)
+
+
+def test_a_head_for_one_value():
+    model = create_model("test_resnet", in_channels=4, num_classes=1, drop_rate=0.2)
+    assert model(torch.randn(3, 4, 32, 32)).shape == (3, 1)
+    assert model.drop_rate == 0.2
+
+
+def test_a_misspelt_argument_of_timms_is_refused():
+    with pytest.raises(ValueError, match=r"resnet18 can't be built.*dorp_rate"):
+        create_model("resnet18", 4, 2, dorp_rate=0.2)
+
+
+@pytest.mark.parametrize("name", ["unet_resnet18", "unet_tu-resnet18", "resnet18"])
+@pytest.mark.parametrize("argument", ["pretrained", "encoder_weights", "checkpoint_path"])
+def test_weights_come_by_one_argument_only(name, argument):
+    with pytest.raises(ValueError, match=f"takes no {argument}: say it with weights"):
+        create_model(name, 4, 2, **{argument: "imagenet"})
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("unet_resnet18", {}),
+        ("UNet-ResNet18", {"decoder_channels": (24, 16, 8, 8, 4), "encoder_depth": 5}),
+        ("fpn_tu-resnet18", {"decoder_dropout": 0.5, "decoder_merge_policy": "cat"}),
+        ("test_vit", {"img_size": (96, 64), "global_pool": "avg"}),
+        ("head", {"bias": False}),
+    ],
+)
+def test_the_config_makes_the_model_again(name, kwargs):
+    register_model("head", make_head)
+    with torch.device("meta"):
+        model = create_model(name, 5, 3, **kwargs)
+    config = model.model_config
+    assert config == json.loads(json.dumps(config))
+    assert config.keys() == {"name", "in_channels", "num_classes", *kwargs}
+    with torch.device("meta"):
+        again = create_model(**config)
+    assert again.model_config == config
+    assert str(again) == str(model)
+    assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+    assert "model_config" not in {name.partition(".")[0] for name in model.state_dict()}
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_the_config_goes_where_the_model_goes(duplicate):
+    model = create_model("test_resnet", 5, 3, drop_rate=0.1)
+    names = list(model.state_dict())
+    assert duplicate(model).model_config == {
+        "name": "test_resnet",
+        "in_channels": 5,
+        "num_classes": 3,
+        "drop_rate": 0.1,
+    }
+    assert list(duplicate(model).state_dict()) == names
+
+
+@pytest.mark.parametrize("value", [nn.GELU, torch.float32, {1: 2}, [functools.partial(nn.GELU)], float("inf"), {1, 2}])
+def test_what_is_not_plain_data_makes_no_config(value):
+    register_model("head", lambda in_channels, num_classes, weights, extra: nn.Conv2d(in_channels, num_classes, 1))
+    assert create_model("head", 5, 3, extra=value).model_config is None
+
+
+def test_the_config_is_a_copy_of_what_was_given():
+    register_model("head", lambda in_channels, num_classes, weights, extra: nn.Conv2d(in_channels, num_classes, 1))
+    extra = {"widths": [1, 2]}
+    model = create_model("head", 5, 3, extra=extra)
+    extra["widths"].append(3)
+    assert model.model_config["extra"] == {"widths": [1, 2]}
+
+
+def test_a_registered_model_is_described_by_the_outermost_name():
+    register_model("mine", lambda weights, **kwargs: create_model("test_resnet", **kwargs))
+    assert create_model("mine", 5, 3).model_config == {"name": "mine", "in_channels": 5, "num_classes": 3}
+
+
+def test_a_registered_model_that_describes_itself_is_left_alone():
+    register_model("mine", lambda in_channels, num_classes, weights: RasterModel(nn.Identity(), ["B2", "B3"]))
+    assert create_model("mine", 2, 3).model_config["bands"] == ["B2", "B3"]
+
+
+def test_a_registered_factory_hears_of_bands_where_it_is_asked_for_weights():
+    heard = []
+    register_model("mine", lambda **kwargs: heard.append(kwargs) or nn.Identity())
+    counts = {"in_channels": 2, "num_classes": 3}
+    create_model("mine", 2, 3, bands=["B2", "B3"])
+    create_model("mine", 2, 3, "pastis")
+    create_model("mine", 2, 3, "pastis", ["B2", "B3"], unmatched="zero")
+    assert heard == [
+        {**counts, "weights": None},
+        {**counts, "weights": "pastis"},
+        {**counts, "weights": "pastis", "bands": ("B2", "B3"), "unmatched": "zero"},
+    ]

@@ -47,7 +47,9 @@ class RasterModel(nn.Module):
     Raises
     ------
     ValueError
-        If the lengths do not fit each other, a band is named twice, or a std is not positive.
+        If the lengths do not fit each other, a band or a class value is there twice, or a std is not positive.
+    TypeError
+        If bands or class_names is one string.
     """
 
     mean: Tensor
@@ -67,6 +69,9 @@ class RasterModel(nn.Module):
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
+        for what, names in (("bands", bands), ("class_names", class_names)):
+            if isinstance(names, str):  # whose letters would be taken for names
+                raise TypeError(f"{what} must be a sequence of names, got {names!r}")
         self.network = network
         self.bands = tuple(bands)
         self.fill = float(fill)
@@ -80,6 +85,8 @@ class RasterModel(nn.Module):
         for what, entries in (("class_values", self.class_values), ("colors", self.colors)):
             if len(entries) != num_classes:
                 raise ValueError(f"{what} has {len(entries)} entries, but there are {num_classes} class_names")
+        if len(set(self.class_values)) < num_classes:
+            raise ValueError(f"class_values must differ, got {list(self.class_values)}")
         for color in self.colors:
             rgb(color)
         if (mean is None) != (std is None):
@@ -93,7 +100,18 @@ class RasterModel(nn.Module):
             self.register_buffer(what, values.to(torch.float32, copy=True))
 
     def forward(self, images: Tensor) -> Any:
-        """Return what the network makes of images (B, C, H, W) in the raster's values, of any type."""
+        """Return what the network makes of images (B, C, H, W) in the raster's values, of any type.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many channels as bands; one channel would be spread over all of them.
+        """
+        if images.ndim != 4 or images.shape[1] != len(self.bands):
+            raise ValueError(
+                f"images must be (B, {len(self.bands)}, H, W) for the bands {', '.join(self.bands)}, "
+                f"got {tuple(images.shape)}"
+            )
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         return self.network((images.to(mean.dtype) - mean) / std)
 

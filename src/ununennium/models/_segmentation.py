@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import re
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import segmentation_models_pytorch as smp
 import timm
 from segmentation_models_pytorch.encoders._base import EncoderMixin
 
-from ununennium.models._registry import normalize
+from ununennium.models import _timm
+from ununennium.models._names import normalize
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,14 +43,82 @@ _PLAIN_TRANSFORMERS = """
 _OWN_ENCODERS = {normalize(encoder): encoder for encoder in smp.encoders.get_encoder_names()}
 
 
-def find(name: str) -> tuple[str, str] | None:
-    """Return the (architecture, encoder) that a name in any spelling means, None if it means nothing."""
+@dataclass(frozen=True)
+class PixelModel:
+    """An architecture of smp's with an encoder: logits (B, num_classes, H, W) for images (B, in_channels, H, W)."""
+
+    architecture: str
+    encoder_name: str
+
+    @property
+    def name(self) -> str:
+        """The name for `create_model`."""
+        return f"{self.architecture}_{_shorten(self.encoder_name)}"
+
+    @property
+    def encoder(self) -> str:
+        """What TorchGeo may have weights for."""
+        return self.encoder_name.removeprefix("tu-")
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of its pretrained part, the encoder, in its state dict."""
+        return "encoder.model." if self._is_timms else "encoder."
+
+    @property
+    def _is_timms(self) -> bool:
+        return self.encoder_name.startswith("tu-")
+
+    def tags(self) -> list[str]:
+        """Return the weights that smp or timm knows of for the encoder."""
+        if self._is_timms:
+            return _timm.tags(self.encoder)
+        return list(smp.encoders.encoders[self.encoder_name]["pretrained_settings"])
+
+    def knows(self, weights: str) -> bool:
+        """Return whether smp can load these weights."""
+        return _timm.with_tag(self.encoder, weights) is not None if self._is_timms else weights in self.tags()
+
+    def make(self, in_channels: int, num_classes: int, weights: str | None, **kwargs: Any) -> nn.Module:
+        """Make the model, with weights that `knows` knows of, or none.
+
+        Raises
+        ------
+        ValueError
+            If smp or timm refuses; it names the model and the cause.
+        """
+        model_class = smp.MODEL_ARCHITECTURES_MAPPING[self.architecture]
+        takes = inspect.signature(model_class).parameters
+        if not self._is_timms and (unknown := kwargs.keys() - takes):  # smp would ignore them
+            raise ValueError(f"{self.name} takes no {', '.join(sorted(unknown))}; smp's arguments: {', '.join(takes)}.")
+        encoder, encoder_weights = self.encoder_name, cast("str | bool | None", weights)
+        if weights is not None and self._is_timms:  # timm's tags belong in the name
+            encoder, encoder_weights = f"tu-{_timm.with_tag(self.encoder, weights)}", True
+        try:
+            model: nn.Module = model_class(
+                encoder_name=encoder,
+                encoder_weights=encoder_weights,
+                in_channels=in_channels,
+                classes=num_classes,
+                **kwargs,
+            )
+        except OSError:  # a download that failed says nothing about the model
+            raise
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'{self.name} can\'t be built; list_models("{self.architecture}_*") shows the encoders that suit '
+                f"{self.architecture}. The cause: {type(error).__name__}: {error}"
+            ) from error
+        return model
+
+
+def find(name: str) -> PixelModel | None:
+    """Return the model that a name in any spelling means, None if it means nothing."""
     architecture, _, spelling = normalize(name).partition("_")
-    timm_models = {normalize(model): model for model in timm.list_models()}
     encoder = _OWN_ENCODERS.get(spelling)
-    if encoder is None and (model := timm_models.get(spelling.removeprefix("tu_"))):
+    if encoder is None and (model := _timm.by_spelling().get(spelling.removeprefix("tu_"))):
         encoder = f"tu-{model}"
-    return (architecture, encoder) if encoder and architecture in smp.MODEL_ARCHITECTURES_MAPPING else None
+    return PixelModel(architecture, encoder) if encoder and architecture in smp.MODEL_ARCHITECTURES_MAPPING else None
 
 
 def names() -> list[str]:
@@ -81,36 +150,6 @@ def suggest(name: str) -> tuple[list[str], str]:
     return suggestions, f"{likely[0]}_*" if likely else "*"
 
 
-def build(
-    architecture: str, encoder: str, in_channels: int, num_classes: int, weights: str | None, **kwargs: Any
-) -> nn.Module:
-    """Build what `find` returned; a refusal by smp or timm becomes a ValueError that names the model."""
-    model_class = smp.MODEL_ARCHITECTURES_MAPPING[architecture]
-    name = f"{architecture}_{_shorten(encoder)}"
-    takes = inspect.signature(model_class).parameters
-    if not encoder.startswith("tu-") and (unknown := kwargs.keys() - takes):  # smp would ignore them
-        raise ValueError(f"{name} takes no {', '.join(sorted(unknown))}; smp's arguments: {', '.join(takes)}.")
-    encoder_weights: str | bool | None = None
-    if weights is not None:
-        encoder, encoder_weights = _pretrained(encoder, weights)
-    try:
-        model: nn.Module = model_class(
-            encoder_name=encoder,
-            encoder_weights=encoder_weights,
-            in_channels=in_channels,
-            classes=num_classes,
-            **kwargs,
-        )
-    except OSError:  # a download that failed says nothing about the model
-        raise
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f'{name} can\'t be built; list_models("{architecture}_*") shows the encoders that suit {architecture}. '
-            f"The cause: {type(error).__name__}: {error}"
-        ) from error
-    return model
-
-
 def _shorten(encoder: str) -> str:
     short = encoder.removeprefix("tu-")
     return encoder if normalize(short) in _OWN_ENCODERS else short
@@ -139,24 +178,3 @@ def _can_dilate(own_encoder: str) -> bool:
     # The base class dilates the strides; an encoder that can't overrides the method with one that raises.
     encoder_class = smp.encoders.encoders[own_encoder]["encoder"]
     return bool(encoder_class.make_dilated is EncoderMixin.make_dilated)
-
-
-def _pretrained(encoder: str, weights: str) -> tuple[str, str | bool]:
-    """Return the encoder and the weights with which smp loads a tag; timm's tags belong in the name."""
-    if not encoder.startswith("tu-"):
-        tags = list(smp.encoders.encoders[encoder]["pretrained_settings"])
-        if weights in tags:
-            return encoder, weights
-    else:
-        model = encoder.removeprefix("tu-")
-        default = timm.get_pretrained_cfg_value(model, "tag")
-        tags = [pretrained.partition(".")[2] for pretrained in timm.list_pretrained(model)]
-        tags.sort(key=lambda tag: tag != default)
-        imagenet = [tag for tag in tags if re.search(r"in\d+k", tag)]
-        if weights == "imagenet" and imagenet:
-            return f"{encoder}.{imagenet[0]}", True
-        if weights in tags:
-            return f"{encoder}.{weights}", True
-    raise ValueError(
-        f"Unknown weights {weights!r} for the encoder {_shorten(encoder)!r}; known: {', '.join(tags) or 'none'}."
-    )

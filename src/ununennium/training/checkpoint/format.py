@@ -168,7 +168,9 @@ def export_weights(path: str | Path, destination: str | Path) -> Path:
     destination = Path(destination)
     if destination.exists():
         raise FileExistsError(f"{destination} exists: name another file, or remove it")
-    data = save(read(path).model)
+    contents = read(path)
+    about = {"model": json.dumps(contents.info["model"])} if "model" in contents.info else None
+    data = save(contents.model, about)  # create_model(weights=…) finds the bands there
     os.makedirs(destination.parent, exist_ok=True)
     aside = destination.parent / f"{ASIDE}{destination.name}-{secrets.token_hex(4)}"
     try:

@@ -1,0 +1,418 @@
+"""A run made of a configuration: chips of scenes, a model that knows its bands and classes, and its Trainer."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import yaml
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ununennium.data import BandStatistics, Chips, Scene, band_statistics, block_split
+from ununennium.models import RasterModel, create_model
+from ununennium.training import Callback, CheckpointCallback, EarlyStoppingCallback, LRSchedulerCallback, Trainer
+
+Schedule = Literal["constant", "cosine", "one_cycle"]
+
+
+@dataclass
+class SceneFiles:
+    """The files of a scene.
+
+    Parameters
+    ----------
+    image : str or list of str
+        A raster, or several: one file a band, say.
+    label : str, optional
+        The raster of its labels.
+    bands : list of str, optional
+        Names of the bands; by default those in the files.
+    """
+
+    image: str | list[str]
+    label: str | None = None
+    bands: list[str] | None = None
+
+
+@dataclass
+class Split:
+    """How scenes are split into blocks for training and validation.
+
+    Parameters
+    ----------
+    fractions : dict of str to float
+        Shares of the area; "train" and "val", and others that are kept out of both.
+    block : int
+        Side of a block, pixels.
+    buffer : int
+        Least distance of a training chip from one of another part, pixels.
+    """
+
+    fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.7, "val": 0.3})
+    block: int = 512
+    buffer: int = 0
+
+
+@dataclass
+class ChipSettings:
+    """Chips of scenes, for training and for validation.
+
+    Parameters
+    ----------
+    scenes : list of SceneFiles
+        Scenes with labels.
+    val_scenes : list of SceneFiles, optional
+        Scenes to validate on; without them ``scenes`` are split into blocks.
+    split : Split
+        How, if there are no ``val_scenes``.
+    bands : list of str, optional
+        The bands to use, by name, in this order; all by default.
+    classes : dict of int to str, or list of str
+        The class of each label value; names alone stand for the values 0, 1, ….
+    ignore_index : int
+        What stands for no label and no data in masks.
+    ignore_values : list of int
+        Label values that are no class.
+    fill : float
+        Value of pixels without data.
+    chip_size : int
+        Side of a chip, pixels.
+    batch_size : int
+        Chips in a batch of one process.
+    chips_per_epoch : int, optional
+        Chips drawn at random places in an epoch; by default those of a grid.
+    stride : int, optional
+        Of the grid of training chips, pixels; the chip's side by default.
+    min_valid : float
+        Least share of labelled pixels in a training chip.
+    focus : float
+        Share of the random chips that are laid on a pixel of a class drawn at random, so that rare ones are seen.
+    flips : bool
+        Flip and turn training chips at random.
+    normalize : bool
+        Subtract each band's mean and divide by its standard deviation, both of the training area.
+    num_workers : int
+        Processes that load chips.
+    seed : int
+        Of the split.
+    """
+
+    scenes: list[SceneFiles]
+    val_scenes: list[SceneFiles] | None = None
+    split: Split = field(default_factory=Split)
+    bands: list[str] | None = None
+    classes: dict[int, str] | list[str] = field(default_factory=list)
+    ignore_index: int = 255
+    ignore_values: list[int] = field(default_factory=list)
+    fill: float = 0.0
+    chip_size: PositiveInt = 256
+    batch_size: PositiveInt = 8
+    chips_per_epoch: PositiveInt | None = None
+    stride: PositiveInt | None = None
+    min_valid: float = 0.0
+    focus: float = 0.0
+    flips: bool = True
+    normalize: bool = True
+    num_workers: NonNegativeInt = 0
+    seed: int = 0
+
+
+class SceneData:
+    """The chips that `ChipSettings` ask for, and their loaders."""
+
+    def __init__(self, settings: ChipSettings) -> None:
+        self.settings = settings
+        if not settings.classes:
+            raise ValueError("data.classes is missing: name the classes, as {1: forest, 2: water} or as a list")
+        training = [Scene(s.image, s.label, bands=s.bands) for s in settings.scenes]
+        validation = [Scene(s.image, s.label, bands=s.bands) for s in settings.val_scenes or ()]
+        common: dict[str, Any] = {"classes": settings.classes, "ignore_values": settings.ignore_values}
+        self.split = None
+        if settings.val_scenes is None:
+            how = settings.split
+            missing = {"train", "val"} - how.fractions.keys()
+            if missing:
+                raise ValueError(f"data.split.fractions has no {' and no '.join(sorted(missing))}")
+            self.split = block_split(
+                training, how.fractions, how.block, buffer=how.buffer, seed=settings.seed, **common
+            )
+        regions = (None, None) if self.split is None else (self.split["train"], self.split["val"])
+        common |= {"bands": settings.bands, "ignore_index": settings.ignore_index, "fill": settings.fill}
+        self.train = Chips(
+            training, settings.chip_size, region=regions[0], length=settings.chips_per_epoch, stride=settings.stride,
+            min_valid=settings.min_valid, focus=settings.focus,
+            transform=flip if settings.flips else None, **common,
+        )  # fmt: skip
+        self.val = Chips(validation or training, settings.chip_size, region=regions[1], **common)
+        workers = settings.num_workers
+        self._loading: dict[str, Any] = {
+            "batch_size": settings.batch_size, "num_workers": workers, "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }  # fmt: skip
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of training chips."""
+        return DataLoader(self.train, shuffle=True, **self._loading)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of validation chips."""
+        return DataLoader(self.val, **self._loading)
+
+    def around(self, network: nn.Module, statistics: BandStatistics | None) -> RasterModel:
+        """Return a model that takes the chips as they are, and knows their bands and classes."""
+        return RasterModel(
+            network, self.train.bands,
+            None if statistics is None else statistics.mean, None if statistics is None else statistics.std,
+            fill=self.train.fill, class_names=self.train.class_names, class_values=self.train.class_values,
+            ignore_index=self.train.ignore_index,
+        )  # fmt: skip
+
+
+def flip(sample: dict[str, Any]) -> dict[str, Any]:
+    """Return a chip flipped and turned at random, one of the eight ways; its place on the ground is left out."""
+    way = int(torch.randint(8, ()))
+    turned: dict[str, Any] = {}
+    for name in ("image", "mask"):
+        if name in sample:
+            chip = sample[name].flip(-1) if way & 4 else sample[name]
+            turned[name] = torch.rot90(chip, way & 3, (-2, -1)).contiguous()
+    return turned
+
+
+class DataModule(Protocol):
+    """What gives loaders, a TorchGeo or Lightning datamodule for example."""
+
+    def train_dataloader(self) -> Any:
+        """Return the loader to train with."""
+
+    def val_dataloader(self) -> Any:
+        """Return the loader to validate with."""
+
+
+@dataclass
+class ModelSettings:
+    """A model that `create_model` makes.
+
+    Parameters
+    ----------
+    name : str
+        Such as unet_resnet50; list_models() shows all.
+    weights : str, optional
+        Pretrained weights; their filters are given to the bands by name.
+    unmatched : str
+        What to do with a band that the weights do not know: "raise", "mean" or "zero".
+    arguments : dict, optional
+        Further arguments of the model.
+    in_channels, num_classes : int, optional
+        Needed with a datamodule; scenes and their classes tell by themselves.
+    """
+
+    name: str = "unet_resnet18"
+    weights: str | None = None
+    unmatched: Literal["raise", "mean", "zero"] = "raise"
+    arguments: dict[str, Any] | None = None
+    in_channels: PositiveInt | None = None
+    num_classes: PositiveInt | None = None
+
+
+@dataclass
+class Run:
+    """The parts of a run, made of a configuration.
+
+    Attributes
+    ----------
+    trainer : Trainer
+        Ready to fit.
+    data : SceneData or DataModule
+        Where its loaders come from.
+    folder : Path
+        Where everything is written.
+    """
+
+    trainer: Trainer
+    data: SceneData | DataModule
+    folder: Path
+
+
+def build(settings: Any, config: Mapping[str, Any], *, trains: bool = True) -> Run:
+    """Make a run of a configuration.
+
+    Parameters
+    ----------
+    settings : jsonargparse.Namespace
+        What the parser of ``ununennium fit`` instantiated.
+    config : mapping
+        The same as plain data, kept with the run.
+    trains : bool, default True
+        Make a folder for the run, and measure the statistics of its bands. Without, weights are to be loaded.
+
+    Raises
+    ------
+    ValueError, TypeError, OSError
+        For what won't do, naming it and what would.
+    """
+    folder = Path(settings.output)
+    if trains:
+        keep_config(folder, config)
+    torch.manual_seed(settings.seed)
+    if (settings.data is None) == (settings.datamodule is None):
+        raise ValueError("give either data, with its scenes, or a datamodule")
+    data: SceneData | DataModule = SceneData(settings.data) if settings.data is not None else settings.datamodule
+    transforms: dict[str, Any] = {} if isinstance(data, SceneData) else batch_transforms(data)
+    model = _model(settings, data, folder if trains else None)
+    loss_fn = settings.loss
+    optimizer = settings.optimizer([*model.parameters(), *loss_fn.parameters()])
+    train_loader, val_loader = data.train_dataloader(), data.val_dataloader()
+    options = dict(vars(settings.trainer))
+    epochs = options.pop("epochs")
+    if options["distributed"] == "auto":
+        options["distributed"] = "RANK" in os.environ
+    steps = _steps(train_loader, epochs, options)
+    callbacks = [
+        *_schedulers(settings, optimizer, steps),
+        *(settings.callbacks or []),
+        *([EarlyStoppingCallback(**vars(settings.early_stop))] if settings.early_stopping else []),
+        CheckpointCallback(folder / "checkpoints", **vars(settings.checkpoint)),
+    ]
+    trainer = Trainer(
+        model, optimizer, loss_fn, train_loader, val_loader, callbacks, seed=settings.seed, config=config,
+        **transforms, **options,
+    )  # fmt: skip
+    return Run(trainer, data, folder)
+
+
+def _model(settings: Any, data: SceneData | DataModule, folder: Path | None) -> nn.Module:
+    chosen = settings.model
+    if settings.network is not None:
+        network: nn.Module = settings.network
+    else:
+        in_channels = len(data.train.bands) if isinstance(data, SceneData) else chosen.in_channels
+        num_classes = len(data.train.class_names or ()) if isinstance(data, SceneData) else chosen.num_classes
+        if in_channels is None or num_classes is None:
+            raise ValueError("with a datamodule, give model.in_channels and model.num_classes, or a network")
+        bands = list(data.train.bands) if isinstance(data, SceneData) and chosen.weights else None
+        network = create_model(
+            chosen.name, in_channels, num_classes, chosen.weights, bands, unmatched=chosen.unmatched,
+            **(chosen.arguments or {}),
+        )  # fmt: skip
+    if not isinstance(data, SceneData):
+        return network
+    measured = _statistics(data, folder) if data.settings.normalize and folder is not None else None
+    return data.around(network, measured)
+
+
+def _statistics(data: SceneData, folder: Path) -> BandStatistics:
+    """Return each band's statistics over the training area, kept with the run."""
+    statistics = band_statistics(data.train)
+    if int(os.environ.get("RANK", 0)) == 0:
+        (folder / "statistics.json").write_text(statistics.to_json(), encoding="utf-8")
+        if data.split is not None:
+            (folder / "split.json").write_text(data.split.to_json(), encoding="utf-8")
+    return statistics
+
+
+def _steps(loader: Any, epochs: int, options: Mapping[str, Any]) -> int | None:
+    """Return the optimizer steps of a whole run, if the loader tells its length."""
+    try:
+        batches = len(loader)
+    except TypeError:
+        return None
+    world = int(os.environ.get("WORLD_SIZE", 1)) if options["distributed"] else 1
+    windows = math.ceil(math.ceil(batches / world) / int(options["gradient_accumulation_steps"]))
+    return max(windows * epochs, 1)
+
+
+def _schedulers(settings: Any, optimizer: torch.optim.Optimizer, steps: int | None) -> list[Callback]:
+    if settings.scheduler is not None:
+        if settings.schedule != "constant":
+            raise ValueError('give a scheduler or a schedule: with a scheduler of your own, set schedule to "constant"')
+        return [LRSchedulerCallback(settings.scheduler(optimizer), step_on=settings.step_on)]
+    if settings.schedule == "constant":
+        return []
+    if steps is None:
+        raise ValueError(f"schedule {settings.schedule!r} needs a loader that tells its length: set it to constant")
+    scheduler: Any
+    if settings.schedule == "one_cycle":
+        rates = [group["lr"] for group in optimizer.param_groups]
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
+    else:
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return [LRSchedulerCallback(scheduler, step_on="batch")]
+
+
+def batch_transforms(datamodule: Any) -> dict[str, Callable[[Any], Any]]:
+    """Set up a Lightning datamodule and return what its hooks do to batches, as a Trainer takes it."""
+    if hasattr(datamodule, "prepare_data"):
+        datamodule.prepare_data()
+    if hasattr(datamodule, "setup"):
+        datamodule.setup("fit")
+    if not hasattr(datamodule, "on_after_batch_transfer"):
+        return {}
+
+    def transform(training: bool) -> Callable[[Any], Any]:
+        def apply(batch: Any) -> Any:
+            datamodule.trainer = _Stage(training)
+            try:
+                return datamodule.on_after_batch_transfer(batch, 0)
+            finally:
+                datamodule.trainer = None
+
+        return apply
+
+    return {"train_transform": transform(True), "val_transform": transform(False)}
+
+
+class _Stage:
+    """What a datamodule's hooks ask their trainer."""
+
+    def __init__(self, training: bool) -> None:
+        self.training, self.validating = training, not training
+        self.sanity_checking = self.testing = self.predicting = False
+
+
+_FREE = {"trainer.progress", "trainer.device", "trainer.distributed", "data.num_workers", "output"}
+
+
+def keep_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Keep a run's configuration in its folder, for another start of the same run and of no other.
+
+    Raises
+    ------
+    ValueError
+        If the folder is that of a run of another configuration, naming what differs.
+    """
+    path = folder / "config.yaml"
+    if path.exists():
+        there, here = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(config)
+        free = _FREE | ({"trainer.epochs"} if config.get("schedule") == "constant" else set())
+        names = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k) and k not in free)
+        if names:
+            differs = "; ".join(f"{name} was {there.get(name)!r} and is {here.get(name)!r}" for name in names[:3])
+            raise ValueError(f"{folder} holds a run of another configuration ({differs}): choose another output folder")
+    if int(os.environ.get("RANK", 0)) == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _flat(config: Any, at: str = "") -> dict[str, Any]:
+    if not isinstance(config, Mapping):
+        return {at.removesuffix("."): config}
+    return {k: v for name, value in config.items() for k, v in _flat(value, f"{at}{name}.").items()}
+
+
+__all__ = [
+    "ChipSettings",
+    "DataModule",
+    "ModelSettings",
+    "Run",
+    "SceneData",
+    "SceneFiles",
+    "Schedule",
+    "Split",
+    "build",
+]

@@ -1,0 +1,285 @@
+"""From a configuration file to a map, by the command line."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ununennium import cli
+from ununennium.data import Scene, Window
+from ununennium.models import create_model
+from ununennium.prediction import load_model, predict_scene
+from ununennium.training.checkpoint import read
+
+SIZE, CHIP = 128, 32
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """Write a scene of two bands, whose sum says the class, with nodata in a corner; return its folder."""
+    draw = np.random.default_rng(0)
+    blocks = draw.integers(0, 3, (SIZE // 8, SIZE // 8)).repeat(8, 0).repeat(8, 1)
+    image = np.stack([1000 + 400 * blocks, 3000 - 300 * blocks]) + draw.integers(0, 100, (2, SIZE, SIZE))
+    image[:, :9, :9] = 0
+    label = np.array([1, 5, 7])[blocks]
+    profile = {
+        "driver": "GTiff", "height": SIZE, "width": SIZE, "crs": "EPSG:32633",
+        "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000),
+    }  # fmt: skip
+    with rasterio.open(tmp_path / "image.tif", "w", count=2, dtype="uint16", nodata=0, **profile) as target:
+        target.write(image.astype(np.uint16))
+        target.descriptions = ["B4", "B8"]
+    with rasterio.open(tmp_path / "label.tif", "w", count=1, dtype="uint8", **profile) as target:
+        target.write(label[None].astype(np.uint8))
+    return tmp_path
+
+
+def write_config(folder, name="run.yaml", **changes):
+    config = {
+        "output": str(folder / "run"),
+        "data": {
+            "scenes": [{"image": str(folder / "image.tif"), "label": str(folder / "label.tif")}],
+            "classes": {1: "water", 5: "crops", 7: "forest"},
+            "chip_size": CHIP,
+            "batch_size": 4,
+            "split": {"fractions": {"train": 0.6, "val": 0.4}, "block": CHIP},
+        },
+        "trainer": {"epochs": 2, "device": "cpu", "progress": False},
+        **changes,
+    }
+    (folder / name).write_text(yaml.safe_dump(config), encoding="utf-8")
+    return folder / name
+
+
+def run(*args):
+    cli.main([str(arg) for arg in args])
+
+
+def fails(capsys, *args, code=2):
+    """Run the command, see it exit, and return its message, which is short."""
+    with pytest.raises(SystemExit) as exit_info:
+        run(*args)
+    message = capsys.readouterr().err
+    assert exit_info.value.code == code, message
+    assert "Traceback" not in message
+    assert len(message.splitlines()) < 16, message
+    return " ".join(message.split())
+
+
+def test_a_configuration_becomes_a_model_and_a_map(scene, capsys):
+    run("fit", "--config", write_config(scene), "--optimizer.lr", "0.003")
+    printed = capsys.readouterr().out
+    folder = scene / "run"
+    assert re.search(r"forest +[\d,]+", printed)  # the report of the split
+    assert f"ununennium predict {folder}/checkpoints/best" in printed
+    assert {p.name for p in folder.iterdir()} == {"checkpoints", "config.yaml", "split.json", "statistics.json"}
+    assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["init_args"]["lr"] == 0.003
+
+    contents = read(folder / "checkpoints" / "best")
+    assert contents.info["config"]["data"]["classes"] in (
+        {1: "water", 5: "crops", 7: "forest"},
+        {"1": "water", "5": "crops", "7": "forest"},
+    )
+    known = contents.info["model"]
+    assert known["bands"] == ["B4", "B8"]
+    assert known["class_names"] == ["water", "crops", "forest"]
+    assert known["network"]["name"] == "unet_resnet18"
+
+    run("validate", "--config", folder / "config.yaml")
+    figures = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(figures["val_iou"]) == pytest.approx(contents.info["figures"]["val_iou"], rel=1e-5)
+
+    run("predict", folder / "checkpoints" / "best", scene / "image.tif", scene / "map.tif", "--progress", "false")
+    model = load_model(folder / "checkpoints" / "best")
+    pixels, valid = Scene(scene / "image.tif").read(Window(0, 0, SIZE, SIZE))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(pixels)[None])[0]
+    with rasterio.open(scene / "map.tif") as written:
+        values = written.read(1)
+    assert np.array_equal(values, np.where(valid, np.array([1, 5, 7])[logits.argmax(0)], written.nodata))
+    predict_scene(
+        folder / "checkpoints" / "best", scene / "image.tif", scene / "logits.tif", output="logits", progress=False
+    )
+    with rasterio.open(scene / "logits.tif") as written:
+        raw = written.read()
+    np.testing.assert_allclose(raw[:, valid], logits.numpy()[:, valid], rtol=1e-5, atol=1e-5)
+
+
+def test_the_configuration_that_a_run_kept_makes_the_same_run(scene, capsys):
+    run("fit", "--config", write_config(scene), "--seed", 3)
+    run("fit", "--config", scene / "run" / "config.yaml", "--output", scene / "again")
+    weights = [load_file(scene / name / "checkpoints" / "last" / "model.safetensors") for name in ("run", "again")]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+
+    message = fails(capsys, "fit", "--config", scene / "run" / "config.yaml", "--data.chip_size", 16)
+    assert "another configuration (data.chip_size was 32 and is 16): choose another output folder" in message
+    message = fails(capsys, "fit", "--config", scene / "run" / "config.yaml", "--trainer.epochs", 3)
+    assert "trainer.epochs was 2 and is 3" in message  # the schedule spans them
+
+
+def test_started_anew_a_run_goes_on(scene):
+    config = write_config(scene, schedule="constant")
+    run("fit", "--config", config, "--trainer.epochs", 1)
+    run("fit", "--config", config)
+    run("fit", "--config", config, "--output", scene / "whole")
+    weights = [load_file(scene / name / "checkpoints" / "last" / "model.safetensors") for name in ("run", "whole")]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+
+
+MISTAKES = {
+    "an unknown key": (["--data.chipsize", 64], "Option 'chipsize' is not accepted"),
+    "a wrong type": (["--trainer.epochs", "many"], "trainer.epochs"),
+    "an unknown class": (["--optimizer", "torch.optim.Adan"], "torch.optim.Adan"),
+    "no data": (["--data", "null"], "give either data, with its scenes, or a datamodule"),
+    "no such file": (["--data.scenes", '[{"image": "nowhere.tif"}]'], "nowhere.tif"),
+    "no classes": (["--data.classes", "[]"], "data.classes is missing: name the classes"),
+    "no validation": (["--data.split.fractions", '{"train": 1.0}'], "data.split.fractions has no val"),
+    "labels without a class": (["--data.classes", '{"1": "water", "5": "crops"}'], "7"),
+    "an unknown model": (["--model.name", "unet_resnet19"], "unet_resnet18"),
+    "an unknown band": (["--data.bands", "[B4, B11]"], "B11"),
+    "a schedule twice": (
+        ["--scheduler", "torch.optim.lr_scheduler.ExponentialLR", "--scheduler.gamma", "0.9"],
+        'set schedule to "constant"',
+    ),
+    "a monitor that is not there": (["--checkpoint.monitor", "val_acc"], "val_acc"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_a_short_message(scene, capsys, mistake):
+    args, expected = MISTAKES[mistake]
+    code = 1 if mistake == "a monitor that is not there" else 2  # found with the first batch's metrics
+    assert expected in fails(capsys, "fit", "--config", write_config(scene), *args, code=code)
+
+
+def test_print_config_gives_a_file_that_is_taken(scene, capsys):
+    with pytest.raises(SystemExit):
+        run("fit", "--config", write_config(scene), "--print_config")
+    (scene / "printed.yaml").write_text(capsys.readouterr().out)
+    run("fit", "--config", scene / "printed.yaml", "--trainer.epochs", 1)
+    assert (scene / "run" / "checkpoints" / "last").exists()
+
+
+OWN = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Network(nn.Conv2d):
+    def __init__(self, width: int = 4):
+        super().__init__(2, 3, 1)
+
+
+class Module:
+    def __init__(self, chips: int = 8):
+        self.chips, self.trainer = chips, None
+
+    def setup(self, stage):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(self.chips, 2, 8, 8, generator=generator)
+        self.data = TensorDataset(images, (images.sum(1) > 0).long())
+
+    def train_dataloader(self):
+        return DataLoader(self.data, 2, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.data, 2)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        images, masks = batch
+        if self.trainer.training:
+            images = images + 0.1
+        return images * 2, masks
+"""
+
+
+def test_networks_losses_and_datamodules_of_ones_own(scene, monkeypatch, capsys):
+    (scene / "mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(scene)
+    config = {
+        "output": str(scene / "own"),
+        "datamodule": {"class_path": "mine.Module", "init_args": {"chips": 6}},
+        "network": {"class_path": "mine.Network"},
+        "loss": {"class_path": "ununennium.losses.DiceLoss"},
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+        "callbacks": [{"class_path": "ununennium.training.EarlyStoppingCallback", "init_args": {"patience": 1}}],
+        "trainer": {"epochs": 2, "device": "cpu", "progress": False},
+    }
+    (scene / "own.yaml").write_text(yaml.safe_dump(config))
+    run("fit", "--config", scene / "own.yaml")
+    weights = load_file(scene / "own" / "checkpoints" / "last" / "model.safetensors")
+    assert set(weights) == {"weight", "bias"}
+    capsys.readouterr()
+    run("validate", "--config", scene / "own" / "config.yaml", "--weights", scene / "own" / "checkpoints" / "last")
+    assert "val_loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt2", "onnx"])
+def test_a_model_is_exported_and_compared(scene, capsys, ending):
+    run("fit", "--config", write_config(scene), "--trainer.epochs", 1)
+    destination = scene / "out" / f"model.{ending}"
+    run("export", scene / "run" / "checkpoints" / "best", destination, "--size", 64)
+    assert f"written: {destination}" in capsys.readouterr().out
+    assert [p.name for p in destination.parent.iterdir()] == [destination.name]
+    assert "exists: name another file" in fails(capsys, "export", scene / "run" / "checkpoints" / "best", destination)
+    model = load_model(scene / "run" / "checkpoints" / "best")
+    if ending == "safetensors":
+        assert load_file(destination).keys() == model.state_dict().keys()
+    if ending == "pt2":
+        images = torch.rand(3, 2, 64, 64) * 3000  # another number than it was made with
+        with torch.no_grad():
+            torch.testing.assert_close(torch.export.load(destination).module()(images), model(images))
+
+
+def test_an_export_that_gives_something_else_is_not_written(scene, monkeypatch, capsys):
+    from ununennium import export
+
+    def wrong(model, images, path):
+        path.write_bytes(b"")
+        return model(images).detach() + 1
+
+    run("fit", "--config", write_config(scene), "--trainer.epochs", 1)
+    monkeypatch.setattr(export, "_write_program", wrong)
+    message = fails(capsys, "export", scene / "run" / "checkpoints" / "best", scene / "model.pt2", "--size", 64)
+    assert "nothing was written" in message
+    assert not list(scene.glob("*.pt2"))
+    assert "ending says what to write" in fails(
+        capsys, "export", scene / "run" / "checkpoints" / "best", scene / "m.pt"
+    )
+
+
+def test_exported_weights_begin_another_run_with_more_bands_by_name(scene):
+    run("fit", "--config", write_config(scene), "--trainer.epochs", 1)
+    run("export", scene / "run" / "checkpoints" / "best", scene / "weights.safetensors")
+    filters = load_file(scene / "weights.safetensors")["network.encoder.conv1.weight"]  # of B4 and B8
+    torch.manual_seed(1)
+    model = create_model(
+        "unet_resnet18", 3, 3, weights=scene / "weights.safetensors", bands=["B8", "B11", "B4"], unmatched="zero"
+    )
+    found = dict(model.named_parameters())["encoder.conv1.weight"]
+    assert torch.equal(found[:, 0], filters[:, 1])
+    assert torch.equal(found[:, 2], filters[:, 0])
+    assert not found[:, 1].any()
+
+
+def test_torchrun_trains_the_same_in_two_processes(scene):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, world, batch in (("one", 1, 4), ("two", 2, 2)):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "-m",
+            "ununennium", "fit", "--config", write_config(scene), "--output", scene / name, "--data.batch_size", batch,
+            "--data.flips", "false", "--data.chips_per_epoch", 16,
+        ]  # fmt: skip
+        found = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stderr
+        assert found.stdout.count("to map a scene") == 1
+    losses = [read(scene / name / "checkpoints" / "last").info["figures"]["train_loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)  # BatchNorm sees other batches
