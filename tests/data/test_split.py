@@ -186,6 +186,21 @@ def test_scenes_that_overlap_on_other_grids_are_refused(make, raster, draws):
     block_split([plain, beside, turned], PARTS, 10)
 
 
+UTM33 = "EPSG:32633"
+LOCAL = 'LOCAL_CS["a local grid",UNIT["metre",1],AXIS["Easting",EAST],AXIS["Northing",NORTH]]'
+
+
+def test_scenes_in_a_local_coordinate_system_are_split_and_overlap_only_their_like(raster):
+    def scene(name, crs, origin, pixel=10):
+        return Scene(raster(name, np.ones((40, 40), np.uint8), crs=crs, origin=origin, pixel=pixel))
+
+    local, shifted = scene("l.tif", LOCAL, (0, 0)), scene("m.tif", LOCAL, (204, 0))
+    assert set(block_split(local, PARTS, 10)) == set(PARTS)
+    block_split([local, scene("p.tif", UTM33, (0, 0), pixel=20)], PARTS, 10)
+    with pytest.raises(ValueError, match=r"l\.tif and .*m\.tif overlap"):
+        block_split([local, shifted], PARTS, 10)
+
+
 def test_scenes_without_georeference_are_told_apart_by_their_files(raster, draws):
     plain = rasterio.Affine.identity()
     scenes = [Scene(raster(f"{n}.tif", np.ones((8, 8), np.uint8), crs=None, transform=plain)) for n in range(12)]

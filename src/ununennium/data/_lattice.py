@@ -1,5 +1,6 @@
 """Scenes on one pixel grid: what makes blocks of several scenes, or of one place at several dates, the same blocks."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,6 +92,8 @@ def check_apart(groups: list[tuple[Lattice, list[Scene]]]) -> None:
     ValueError
         Naming two such scenes.
     """
+    if len(groups) == 1:
+        return
     placed = [(number, scene) for number, (_, members) in enumerate(groups) for scene in members if scene.crs]
     boxes = np.array([_geographic_box(scene) for _, scene in placed]).reshape(-1, 4)
     for number, (group, scene) in enumerate(placed):
@@ -117,16 +120,25 @@ def _points(scene: Scene, count: int = 21) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _geographic_box(scene: Scene) -> tuple[float, float, float, float]:
+    """Return west, south, east and north; without end in a local coordinate system, which has no place on Earth."""
     from rasterio.warp import transform
 
+    if not _is_on_earth(scene):
+        return -math.inf, -math.inf, math.inf, math.inf
     lons, lats = transform(scene.crs, "EPSG:4326", *_points(scene))
     return min(lons), min(lats), max(lons), max(lats)
+
+
+def _is_on_earth(scene: Scene) -> bool:
+    return bool(scene.crs.is_geographic or scene.crs.is_projected)
 
 
 def _overlap(scene: Scene, other: Scene) -> bool:
     """Tell whether a point of a scene lies inside another, farther than a pixel from its edge."""
     from rasterio.warp import transform
 
+    if scene.crs != other.crs and not (_is_on_earth(scene) and _is_on_earth(other)):
+        return False
     points = _points(scene)
     xs, ys = points if scene.crs == other.crs else map(np.asarray, transform(scene.crs, other.crs, *points))
     cols, rows = _apply(~other.transform, (xs, ys))

@@ -94,8 +94,8 @@ class Chips(Dataset[Sample]):
     Notes
     -----
     Images keep the raster's type and become float32 where the model is, which `ununennium.models.RasterModel` does.
-    With chips of 128² pixels and twelve bands of uint16, a loader gave 1.4 times as many chips a second as when they
-    became float32 on read (without workers and with two), and each takes half the room on its way to the device.
+    A loader gives more chips so than when uint16 becomes float32 on read (``benchmarks/chips.py`` prints how many), and
+    each takes half the room on its way to the device.
     """
 
     def __init__(
