@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 from pathlib import Path
 
 import matplotlib.image
@@ -11,9 +12,10 @@ import pytest
 import rasterio
 import sklearn.metrics
 import torch
-from torch import nn
 
 from ununennium import cli, demo
+from ununennium.palette import palette
+from ununennium.prediction import predict_scene
 
 TRANSFORM = rasterio.Affine(30.0, 0.0, 500_000.0, 0.0, -30.0, 5_000_000.0)
 CRS = "EPSG:32633"
@@ -39,7 +41,7 @@ def make_scene(height=200, width=135, num_classes=3):
     labels = rng.integers(num_classes, size=(height, width)).astype(np.uint8)
     labels[(rng.random((height, width)) < 0.2) | ~valid] = demo.IGNORE
     names = [f"class {number}" for number in range(num_classes)]
-    return demo.Scene(image, valid, labels, list(range(num_classes)), names, [2, 1, 0], None, TRANSFORM)
+    return demo.LabelledScene(None, image, valid, labels, list(range(num_classes)), names)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_the_map_lies_on_the_image_and_is_nodata_where_the_image_is(finished):
         predicted, without_data = target.read(1), image.read_masks(1) == 0
         assert (target.crs, target.transform, target.shape) == (image.crs, image.transform, image.shape)
         assert (target.nodata, target.dtypes) == (255, ("uint8",))
-        assert target.tags()["5"] == "meadow"
+        assert target.tags(1)["CLASS_5"] == "meadow"
         assert len({target.colormap(1)[value] for value in (2, 5, 9)}) == 3
     assert set(np.unique(predicted[~without_data])) <= {2, 5, 9}
     assert without_data.sum() > 9 * 96
@@ -100,18 +102,31 @@ def test_all_files_are_there_and_named(finished):
         assert sum(line.startswith(name) for line in printed.splitlines()) == 2  # pixels at first, figures at the end
 
 
-def test_the_printed_line_loads_the_model_that_made_the_map(finished):
+def test_the_printed_line_loads_the_model_that_made_the_map(finished, tmp_path):
     folder, printed = finished
     (line,) = (line for line in printed.splitlines() if "import load_model" in line)
     namespace = {}
     exec(line.strip(), namespace)
     model = namespace["model"]
     assert model(torch.zeros(1, 4, 64, 64)).shape == (1, 3, 64, 64)
+    assert (model.bands, model.class_names) == (("B1", "B2", "B3", "B4"), ("water", "meadow", "forest"))
+    options = {"tile": demo.TILE, "overlap": demo.TILE // 2}
+    maps = folder / "run/map.tif", predict_scene(model, folder / "scene.tif", tmp_path / "map.tif", **options)
+    mapped, predicted = (rasterio.open(path).read(1) for path in maps)
+    np.testing.assert_array_equal(mapped, predicted)
+
+
+def test_the_map_sees_pixels_without_data_as_the_training_did(finished):
+    folder, _ = finished
+    model = demo.load_model(folder / "run")
     scene = demo.read_scene(folder / "scene.tif", folder / "labels.tif")
-    with rasterio.open(folder / "run/map.tif") as target:
-        mapped = np.searchsorted(scene.values, target.read(1))
-    predicted = demo.predict(model, scene, model[0].mean)
-    np.testing.assert_array_equal(mapped[scene.valid], predicted[scene.valid])
+    tile = demo.Tiles(scene, demo.hold_out(scene.labels, 16))[0]["image"]
+    without_data = tile.isnan().any(0)
+    assert without_data.any()
+    assert (tile[:, without_data].isnan()).all()
+    assert math.isnan(model.fill)
+    means = torch.where(tile.isnan(), model.network[0].mean[:, None, None], tile)
+    torch.testing.assert_close(model(tile[None]), model(means[None]), rtol=0, atol=0)
 
 
 def test_a_mistake_leaves_an_earlier_demo_as_it_is(finished, tmp_path):
@@ -135,15 +150,14 @@ def test_the_weights_do_not_depend_on_held_out_blocks(tmp_path, capsys):
         weights.append(demo.load_model(output, "last").state_dict())
         image[:, held_out], label[held_out] = 1000 * image[:, held_out], 1 - label[held_out]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert weights[0]["1.segmentation_head.0.bias"].any()
+    assert weights[0]["network.1.segmentation_head.0.bias"].any()
     assert len(list((output / "checkpoints").glob("step-*"))) == 1  # the second run's
 
 
 def test_training_chips_hold_no_pixel_of_validation_blocks():
     scene = make_scene()
     held_out = demo.hold_out(scene.labels, 8)
-    blank = torch.tensor([-1.0, -2.0, -3.0])
-    chips = demo.Chips(scene, held_out, blank, length=60)
+    chips = demo.Chips(scene, held_out, length=60)
     torch.manual_seed(0)
     forbidden = set(scene.image[0][held_out | ~scene.valid])
     labels = dict(zip(scene.image[0].ravel(), scene.labels.ravel(), strict=True))
@@ -152,7 +166,7 @@ def test_training_chips_hold_no_pixel_of_validation_blocks():
         sample = chips[index]
         assert sample["image"].shape == (3, demo.CHIP, demo.CHIP)
         assert (sample["image"].dtype, sample["mask"].dtype) == (torch.float32, torch.int64)
-        is_blank = (sample["image"] == blank[:, None, None]).all(0)
+        is_blank = sample["image"].isnan().all(0)
         assert (sample["mask"][is_blank] == demo.IGNORE).all()
         numbers = sample["image"][0][~is_blank].tolist()
         assert forbidden.isdisjoint(numbers)
@@ -169,13 +183,13 @@ def test_chips_turn_and_mirror_and_show_rare_classes():
     scene.labels[~held_out & (scene.labels == 1)] = 0
     scene.labels[16, 5] = 1  # one training pixel in some eighteen thousand
     assert not held_out[16, 5]
-    chips = demo.Chips(scene, held_out, torch.zeros(3), length=64)
+    chips = demo.Chips(scene, held_out, length=64)
     torch.manual_seed(0)
     samples = [chips[index] for index in range(len(chips))]
     assert sum(bool((sample["mask"] == 1).any()) for sample in samples) > 25
     steps = set()
     for sample in samples:
-        numbers, known = sample["image"][0], sample["image"].any(0)
+        numbers, known = sample["image"][0], ~sample["image"].isnan().any(0)
         beside = known[:, 1:] & known[:, :-1]
         steps |= set((numbers[:, 1:] - numbers[:, :-1])[beside].tolist())
     assert steps == {1, -1, 135, -135}
@@ -193,7 +207,11 @@ def test_statistics_come_from_training_pixels_alone():
     pixels = torch.from_numpy(scene.image[:, seen])[None, :, :, None]
     components = after.eval()(pixels)[0, :, :, 0]
     torch.testing.assert_close(components.cov(), torch.eye(3), atol=1e-3, rtol=0)
-    assert not after(after.mean[None, :, None, None]).any()  # what is blank is zero
+    assert not after(after.mean[None, :, None, None]).any()
+    pixels[:, 0, ::2] = pixels[:, :, ::3] = np.nan  # without data in a band, and in all
+    expected = components.clone()
+    expected[:, ::2] = expected[:, ::3] = 0
+    assert torch.equal(after(pixels)[0, :, :, 0], expected)
 
 
 def test_a_band_that_says_nothing_new_is_left_out():
@@ -206,7 +224,7 @@ def test_a_band_that_says_nothing_new_is_left_out():
 def test_each_validation_pixel_counts_once(shape):
     scene = make_scene(*shape)
     held_out = demo.hold_out(scene.labels, 16)
-    tiles = demo.Tiles(scene, held_out, torch.tensor([-1.0, -1.0, -1.0]))
+    tiles = demo.Tiles(scene, held_out)
     counts = np.zeros(shape, dtype=int)
     for index in range(len(tiles)):
         image, mask = tiles[index]["image"][0], tiles[index]["mask"]
@@ -219,32 +237,6 @@ def test_each_validation_pixel_counts_once(shape):
         assert not (counted & rim).any()
         assert (image[rim] >= 0).any()  # context
     np.testing.assert_array_equal(counts, held_out & (scene.labels != demo.IGNORE))
-
-
-class Known(nn.Module):
-    """Knows the class of each pixel by its number in the first band, except at the rim of what it is shown."""
-
-    def __init__(self, labels):
-        super().__init__()
-        self.device_anchor = nn.Parameter(torch.zeros(()))
-        self.labels = torch.from_numpy(np.where(labels == demo.IGNORE, 0, labels)).long().flatten()
-
-    def forward(self, image):
-        logits = nn.functional.one_hot(self.labels[image[:, 0].long()], 3).movedim(-1, 1).float()
-        logits[..., 0, :] = logits[..., -1, :] = logits[..., 0] = logits[..., -1] = 0
-        return logits
-
-
-@pytest.mark.parametrize("shape", [(300, 193), (128, 64)])
-def test_the_map_is_what_the_model_says_there(shape):
-    scene = make_scene(*shape)
-    model = Known(scene.labels)
-    model.train()
-    predicted = demo.predict(model, scene, torch.zeros(3))
-    inner = (slice(1, -1), slice(1, -1))
-    known = (scene.labels != demo.IGNORE)[inner]
-    np.testing.assert_array_equal(predicted[inner][known], scene.labels[inner][known])
-    np.testing.assert_array_equal(predicted == demo.IGNORE, ~scene.valid)
 
 
 def test_figures_are_those_of_scikit_learn():
@@ -290,18 +282,18 @@ def test_the_default_block_is_the_largest_that_keeps_classes_on_both_sides():
 
 
 @pytest.mark.parametrize(
-    ("descriptions", "expected"),
+    ("names", "expected"),
     [
         (["B1 blue", "B2 green", "B3 red", "B4 nir infrared"], [2, 1, 0]),
         (["Red", "Green", "Blue"], [0, 1, 2]),
         (["B01", "B02", "B03", "B04", "B05"], [3, 2, 1]),
         (["400.5 nm", "460.0 nm", "540.0 nm", "655.1 nm", "2400.0 nm"], [3, 2, 1]),
-        ([None, None, None, None], [2, 1, 0]),
-        ([None, None], [0]),
+        (["B1", "B2", "B3", "B4"], [2, 1, 0]),
+        (["B1", "B2"], [0]),
     ],
 )
-def test_bands_for_a_picture(descriptions, expected):
-    assert demo.rgb_bands(descriptions) == expected
+def test_bands_for_a_picture(names, expected):
+    assert demo.rgb_bands(names) == expected
 
 
 def test_class_names(tmp_path):
@@ -337,8 +329,21 @@ def test_a_pixel_without_data_has_no_class(tmp_path):
     assert scene.labels[63, 63] == 1
 
 
+def test_rasters_that_can_not_be_read_are_named(tmp_path):
+    label = write(tmp_path / "label.tif", np.indices((64, 64))[0].astype(np.uint8) // 32)
+    waves = write(tmp_path / "waves.tif", np.ones((1, 64, 64), dtype=np.complex64))
+    damaged = write(tmp_path / "damaged.tif", np.ones((2, 64, 64), dtype=np.float32))
+    damaged.write_bytes(damaged.read_bytes()[:-9000])
+    for image, complaint in (
+        (waves, r"waves\.tif holds values of type complex64"),
+        (damaged, r"damaged\.tif: .*can't be read"),
+    ):
+        with pytest.raises(demo.DemoError, match=complaint):
+            demo.read_scene(image, label)
+
+
 def test_24_classes_have_colours_of_their_own():
-    assert len({tuple(colour) for colour in demo.palette(24).tolist()}) == 24
+    assert len(set(palette(24))) == 24
 
 
 def test_indian_pines_is_written_as_it_is(tmp_path, capsys):

@@ -43,7 +43,10 @@ SIGNATURES = [
     ),
     (EarlyStoppingCallback, {"monitor": "val_loss", "patience": 10, "mode": "auto", "min_delta": 1e-4}, {}),
     (LRSchedulerCallback, {"scheduler": REQUIRED, "step_on": "epoch"}, {}),
-    (create_model, {"name": REQUIRED, "in_channels": REQUIRED, "num_classes": REQUIRED}, {"weights": None, "bands": None}),
+    (
+        create_model, {"name": REQUIRED, "in_channels": REQUIRED, "num_classes": REQUIRED},
+        {"weights": None, "bands": None},
+    ),
     (Callback.on_train_start, {"trainer": REQUIRED}, {}),
     (Callback.on_train_end, {"trainer": REQUIRED}, {}),
     (Callback.on_epoch_start, {"trainer": REQUIRED, "epoch": REQUIRED}, {}),

@@ -7,6 +7,7 @@ image and label raster of one grid.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,18 @@ import rasterio
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ununennium import prediction
+from ununennium.data import Scene, Window
 from ununennium.metrics import IoU
-from ununennium.models import create_model
+from ununennium.models import RasterModel, create_model
+from ununennium.palette import palette
 from ununennium.training import CheckpointCallback, LRSchedulerCallback, Trainer
 
 IGNORE = 255  # in masks and in the map: no label, no data
+FILL = math.nan  # in images: held out, no data
 CHIP = 64  # side of a training chip, pixels
 TILE, MARGIN = 128, 16  # side of a tile in validation and mapping; its rim that gives context but isn't counted
 BATCH_SIZE = 8
@@ -118,18 +122,22 @@ def run(
     scene = read_scene(Path(image), Path(label), classes, ignore_index)
     block = block or choose_block(scene.labels)
     held_out = hold_out(scene.labels, block)
-    print(f"{image}: {' x '.join(map(str, held_out.shape))} pixels, {len(scene.image)} bands")
+    bands = scene.source.bands
+    print(f"{image}: {' x '.join(map(str, held_out.shape))} pixels, {len(bands)} bands")
     print_split(scene, held_out, block)
 
     torch.manual_seed(seed)
     whitening = Whitening.fit(scene, scene.valid & ~held_out)
     try:
-        network = create_model(model, in_channels=len(whitening.matrix), num_classes=len(scene.names))
+        network = make_network(model, whitening, len(scene.names))
     except ValueError as error:
         raise DemoError(str(error)) from error
+    whole = RasterModel(
+        network, bands, fill=FILL, class_names=scene.names, class_values=scene.values, ignore_index=IGNORE
+    )
     settings: dict[str, Any] = {
         "model": model,
-        "bands": len(scene.image),
+        "bands": len(bands),
         "components": len(whitening.matrix),
         "classes": scene.names,
         "values": scene.values,
@@ -141,9 +149,6 @@ def run(
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # an earlier demo's
     (folder / "run.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
-    chips = Chips(scene, held_out, whitening.mean, length=batches * BATCH_SIZE)
-    tiles = Tiles(scene, held_out, whitening.mean)
-    whole = nn.Sequential(whitening, network)
     optimizer = torch.optim.AdamW(whole.parameters(), lr=2e-3, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=epochs * batches)
     metrics = {
@@ -154,8 +159,8 @@ def run(
         whole,
         optimizer,
         nn.CrossEntropyLoss(ignore_index=IGNORE),
-        DataLoader(chips, batch_size=BATCH_SIZE, shuffle=True),
-        DataLoader(tiles, batch_size=BATCH_SIZE // 4),
+        DataLoader(Chips(scene, held_out, length=batches * BATCH_SIZE), batch_size=BATCH_SIZE, shuffle=True),
+        DataLoader(Tiles(scene, held_out), batch_size=BATCH_SIZE // 4),
         callbacks=[
             LRSchedulerCallback(scheduler, step_on="batch"),
             CheckpointCallback(folder / "checkpoints", monitor="val_iou"),
@@ -167,10 +172,11 @@ def run(
     history = trainer.fit(epochs)
 
     trainer.load_weights(folder / "checkpoints" / "best")
-    predicted = predict(whole, scene, whitening.mean)
+    prediction.predict_scene(whole, scene.source, folder / "map.tif", tile=TILE, overlap=TILE // 2, overwrite=True)
+    with rasterio.open(folder / "map.tif") as target:
+        predicted = class_numbers(target.read(1), scene.valid, scene.values)
     figures, per_class = assess(scene, held_out, predicted)
     (folder / "run.json").write_text(json.dumps(settings | {"figures": figures}, indent=1), encoding="utf-8")
-    write_map(folder / "map.tif", scene, predicted)
     draw_curves(folder / "curves.png", history)
     draw_map(folder / "map.png", scene, held_out, predicted)
 
@@ -193,26 +199,27 @@ def load_model(folder: str | Path, checkpoint: str = "best") -> nn.Module:
     -------
     nn.Module
         On the CPU, in eval mode. Takes the raster's own values (B, bands, H, W) in float32, gives class logits
-        (B, classes, H, W). Height and width are what the network takes: multiples of 32 for most.
+        (B, classes, H, W). Pixels without data are NaN. Height and width are what the network takes: multiples of 32
+        for most.
     """
     settings = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
     bands, components = settings["bands"], settings["components"]
     whitening = Whitening(torch.zeros(bands), torch.zeros(components, bands))
-    network = create_model(settings["model"], in_channels=components, num_classes=len(settings["classes"]))
-    model = nn.Sequential(whitening, network)
-    model.load_state_dict(load_file(Path(folder) / "checkpoints" / checkpoint / "model.safetensors"))
-    return model.eval()
+    network = make_network(settings["model"], whitening, len(settings["classes"]))
+    return prediction.load_model(Path(folder) / "checkpoints" / checkpoint, network)
 
 
 # ---- the scene ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Scene:
-    """An image and its labels on one grid.
+class LabelledScene:
+    """An image and its labels on one grid, in memory.
 
     Attributes
     ----------
+    source : Scene
+        Of the image.
     image : ndarray
         Bands (C, H, W) as the raster has them.
     valid : ndarray of bool
@@ -221,25 +228,20 @@ class Scene:
         Class numbers 0 … K-1 (H, W), `IGNORE` where there is no label or no data.
     values, names : list
         Each class's value in the label raster, and its name.
-    rgb : list of int
-        Three bands for a picture, or one.
-    crs, transform : Any
-        As rasterio has them.
     """
 
+    source: Scene
     image: NDArray[Any]
     valid: NDArray[np.bool_]
     labels: NDArray[np.uint8]
     values: list[int]
     names: list[str]
-    rgb: list[int]
-    crs: Any
-    transform: Any
 
-    def cut(self, seen: NDArray[np.bool_], blank: Tensor, row: int, col: int, size: int) -> Tensor:
-        """Return a square of the image in float32, with the blank pixel wherever it is not seen or not scene."""
+    def cut(self, seen: NDArray[np.bool_], row: int, col: int, size: int) -> Tensor:
+        """Return a square of the image in float32, `FILL` wherever it is not seen or not scene."""
         pixels = cut(self.image, row, col, size, 0).astype(np.float32)
-        return torch.from_numpy(np.where(cut(seen, row, col, size, False), pixels, blank.numpy()[:, None, None]))
+        pixels[:, ~cut(seen, row, col, size, False)] = FILL
+        return torch.from_numpy(pixels)
 
 
 def cut(array: NDArray[Any], row: int, col: int, size: int, fill: Any) -> NDArray[Any]:
@@ -301,7 +303,7 @@ def read_scene(
     label_path: Path,
     classes: str | Sequence[str] | Mapping[str, str] | None = None,
     ignore_index: int = IGNORE,
-) -> Scene:
+) -> LabelledScene:
     """Read an image and its labels; values of the label raster become class numbers in their order.
 
     Raises
@@ -313,17 +315,16 @@ def read_scene(
         if not path.is_file():
             raise DemoError(f"there is no file {path}")
     try:
-        with rasterio.open(image_path) as image, rasterio.open(label_path) as label:
-            check_grid(image, label)
-            if label.count != 1:
-                raise DemoError(f"{label_path} has {label.count} bands; labels are one band of integer classes")
-            bands = image.read()
-            valid = (image.read_masks() != 0).all(0) & np.isfinite(bands).all(0)
-            raw = label.read(1)
-            labelled = (label.read_masks(1) != 0) & (raw != ignore_index) & valid
-            rgb, crs, transform = rgb_bands(image.descriptions), image.crs, image.transform
-    except rasterio.errors.RasterioIOError as error:
+        image, label = Scene(image_path), Scene(label_path)
+        check_grid(image, label)
+        if len(label.bands) != 1:
+            raise DemoError(f"{label_path} has {len(label.bands)} bands; labels are one band of integer classes")
+        whole = Window(0, 0, *image.shape)
+        bands, valid = image.read(whole)
+        (raw,), labelled = label.read(whole)
+    except (OSError, ValueError) as error:
         raise DemoError(f"not a raster that can be read: {error}") from error
+    labelled &= (raw != ignore_index) & valid
     if not np.issubdtype(raw.dtype, np.integer):
         raise DemoError(f"{label_path} holds {raw.dtype}; classes are integers: convert it, for example to uint8")
     if min(raw.shape) < CHIP:
@@ -339,22 +340,28 @@ def read_scene(
             f"{label_path} holds labels from {values[0]} to {values[-1]}; classes lie in 0 … {IGNORE - 1}. "
             "If one of the values means that there is no label, name it with --ignore-index"
         )
-    labels = np.full(raw.shape, IGNORE, dtype=np.uint8)
-    labels[labelled] = np.searchsorted(values, raw[labelled])
-    return Scene(bands, valid, labels, values, class_names(values, classes), rgb, crs, transform)
+    labels = class_numbers(raw, labelled, values)
+    return LabelledScene(image, bands, valid, labels, values, class_names(values, classes))
 
 
-def check_grid(image: Any, label: Any) -> None:
-    """Raise if two open rasters differ in size or coordinate system, or lie a thousandth of a pixel apart."""
+def check_grid(image: Scene, label: Scene) -> None:
+    """Raise if two rasters differ in size or coordinate system, or lie a thousandth of a pixel apart."""
     grids = [(raster.shape, raster.crs, raster.transform) for raster in (image, label)]
     for what, ours, theirs in zip(("size", "coordinate system", "transform"), *grids, strict=True):
-        near = what == "transform" and np.allclose(ours, theirs, rtol=0, atol=1e-3 * image.res[0])
-        if ours != theirs and not near:
+        pixel = math.hypot(image.transform.a, image.transform.d)
+        if ours != theirs and not (what == "transform" and np.allclose(ours, theirs, rtol=0, atol=1e-3 * pixel)):
             ours, theirs = (value[:6] if what == "transform" else value for value in (ours, theirs))
             raise DemoError(
-                f"image and labels are not on one grid: {what} {ours} of {image.name}, {theirs} of {label.name}. "
-                "Warp the labels to the image's grid, for example with rio warp --like"
+                f"image and labels are not on one grid: {what} {ours} of {image.image[0]}, {theirs} of "
+                f"{label.image[0]}. Warp the labels to the image's grid, for example with rio warp --like"
             )
+
+
+def class_numbers(raw: NDArray[Any], known: NDArray[np.bool_], values: Sequence[int]) -> NDArray[np.uint8]:
+    """Return the number of the class whose value a pixel has, where that is known, and `IGNORE` elsewhere."""
+    numbers = np.full(raw.shape, IGNORE, dtype=np.uint8)
+    numbers[known] = np.searchsorted(values, raw[known])
+    return numbers
 
 
 def class_names(values: Sequence[int], classes: str | Sequence[str] | Mapping[str, str] | None) -> list[str]:
@@ -391,9 +398,9 @@ def class_names(values: Sequence[int], classes: str | Sequence[str] | Mapping[st
     return chosen
 
 
-def rgb_bands(descriptions: Sequence[str | None]) -> list[int]:
-    """Choose the bands for a picture from their descriptions: colours, Sentinel-2 names, wavelengths; else 3, 2, 1."""
-    words = [(description or "").lower().split() for description in descriptions]
+def rgb_bands(names: Sequence[str]) -> list[int]:
+    """Choose the bands for a picture from their names: colours, Sentinel-2's, wavelengths; else 3, 2, 1."""
+    words = [name.lower().split() for name in names]
     for wanted in (("red", "green", "blue"), ("b04", "b03", "b02")):
         found = [[band for band, has in enumerate(words) if name in has] for name in wanted]
         if all(found):
@@ -446,7 +453,8 @@ class Whitening(nn.Module):
     """Turn bands into uncorrelated components of unit variance (PCA whitening), with some noise in training.
 
     Neighbouring bands say nearly the same, which makes for slow training, and they come in any unit; components do
-    not. Part of the model, so that its weights are all that is needed to use it.
+    not. Part of the model, so that its weights are all that is needed to use it. `FILL` becomes what the mean becomes:
+    zero.
 
     Parameters
     ----------
@@ -468,7 +476,7 @@ class Whitening(nn.Module):
         self.noise = noise
 
     @classmethod
-    def fit(cls, scene: Scene, seen: NDArray[np.bool_]) -> Whitening:
+    def fit(cls, scene: LabelledScene, seen: NDArray[np.bool_]) -> Whitening:
         """Whiten by the pixels that the training sees (by a regular sample of them, if there are very many)."""
         places = np.flatnonzero(seen)
         places = places[:: len(places) // 200_000 + 1]
@@ -485,8 +493,14 @@ class Whitening(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return components (B, K, H, W) of bands (B, C, H, W)."""
-        components = F.conv2d(image - self.mean[:, None, None], self.matrix[:, :, None, None])
+        centred = (image - self.mean[:, None, None]).masked_fill_(image.isnan().any(1, keepdim=True), 0)
+        components = F.conv2d(centred, self.matrix[:, :, None, None])
         return components + self.noise * torch.randn_like(components) if self.training else components
+
+
+def make_network(name: str, whitening: Whitening, num_classes: int) -> nn.Module:
+    """Return what the demo trains, for the raster's own values: whitening, and a model of `create_model` behind it."""
+    return nn.Sequential(whitening, create_model(name, in_channels=len(whitening.matrix), num_classes=num_classes))
 
 
 class Chips(Dataset[dict[str, Tensor]]):
@@ -495,8 +509,8 @@ class Chips(Dataset[dict[str, Tensor]]):
     Each chip is laid around a pixel of a class drawn at random, so that rare classes are seen as often as common ones.
     """
 
-    def __init__(self, scene: Scene, held_out: NDArray[np.bool_], blank: Tensor, length: int) -> None:
-        self.scene, self.blank, self.length = scene, blank, length
+    def __init__(self, scene: LabelledScene, held_out: NDArray[np.bool_], length: int) -> None:
+        self.scene, self.length = scene, length
         self.seen = scene.valid & ~held_out
         self.labels = np.where(held_out, IGNORE, scene.labels)
         places = (np.argwhere(self.labels == number) for number in range(len(scene.names)))
@@ -512,7 +526,7 @@ class Chips(Dataset[dict[str, Tensor]]):
             min(max(int(place) - _draw(CHIP), 0), length - CHIP)
             for place, length in zip(pixel, self.labels.shape, strict=True)
         )
-        image = self.scene.cut(self.seen, self.blank, row, col, CHIP)
+        image = self.scene.cut(self.seen, row, col, CHIP)
         mask = torch.from_numpy(cut(self.labels, row, col, CHIP, IGNORE).astype(np.int64))
         turns, mirrored = _draw(4), _draw(2)
         image, mask = image.rot90(turns, (-2, -1)), mask.rot90(turns, (-2, -1))
@@ -524,8 +538,8 @@ class Chips(Dataset[dict[str, Tensor]]):
 class Tiles(Dataset[dict[str, Tensor]]):
     """Tiles for validation: the whole image to look at, and every held-out label in exactly one tile."""
 
-    def __init__(self, scene: Scene, held_out: NDArray[np.bool_], blank: Tensor) -> None:
-        self.scene, self.blank = scene, blank
+    def __init__(self, scene: LabelledScene, held_out: NDArray[np.bool_]) -> None:
+        self.scene = scene
         self.labels = np.where(held_out, scene.labels, IGNORE)
         self.core = TILE - 2 * MARGIN
         height, width = self.labels.shape
@@ -537,7 +551,7 @@ class Tiles(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row, col = self.corners[index]
-        image = self.scene.cut(self.scene.valid, self.blank, row - MARGIN, col - MARGIN, TILE)
+        image = self.scene.cut(self.scene.valid, row - MARGIN, col - MARGIN, TILE)
         mask = torch.from_numpy(self._core_labels(row, col).astype(np.int64))
         return {"image": image, "mask": F.pad(mask, (MARGIN,) * 4, value=IGNORE)}
 
@@ -552,29 +566,8 @@ def _draw(below: int) -> int:
 # ---- the map and its figures -------------------------------------------------------------------------------------
 
 
-def predict(model: nn.Module, scene: Scene, blank: Tensor) -> NDArray[np.uint8]:
-    """Return the class number of each pixel (H, W), from class probabilities summed over half-overlapping tiles."""
-    height, width = scene.labels.shape
-    sums = np.zeros((len(scene.names), height, width), dtype=np.float32)
-    device = next(model.parameters()).device
-    model.eval()
-    for row in _starts(height):
-        for col in _starts(width):
-            tile = scene.cut(scene.valid, blank.cpu(), row, col, TILE)
-            with torch.inference_mode():
-                probabilities = model(tile[None].to(device))[0].softmax(0).cpu().numpy()
-            window = sums[:, row : row + TILE, col : col + TILE]
-            window += probabilities[:, : window.shape[1], : window.shape[2]]
-    return np.where(scene.valid, sums.argmax(0), IGNORE).astype(np.uint8)
-
-
-def _starts(length: int) -> list[int]:
-    last = max(length - TILE, 0)
-    return [*range(0, last, TILE // 2), last]
-
-
 def assess(
-    scene: Scene, held_out: NDArray[np.bool_], predicted: NDArray[np.uint8]
+    scene: LabelledScene, held_out: NDArray[np.bool_], predicted: NDArray[np.uint8]
 ) -> tuple[dict[str, float], NDArray[np.float64]]:
     """Compare map and labels on the validation blocks.
 
@@ -601,23 +594,10 @@ def assess(
     return figures, np.stack([ious, recalls], axis=1)
 
 
-def write_map(path: Path, scene: Scene, predicted: NDArray[np.uint8]) -> None:
-    """Write the map with the label raster's own values, the image's grid and a colour table."""
-    values = np.full(256, IGNORE, dtype=np.uint8)
-    values[: len(scene.values)] = scene.values
-    height, width = predicted.shape
-    grid = {"height": height, "width": width, "crs": scene.crs, "transform": scene.transform}
-    options = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": IGNORE, "compress": "deflate"}
-    with rasterio.open(path, "w", **grid, **options) as target:
-        target.write(values[predicted], 1)
-        target.write_colormap(1, dict(zip(scene.values, map(tuple, palette(len(scene.names)).tolist()), strict=True)))
-        target.update_tags(**{str(value): name for value, name in zip(scene.values, scene.names, strict=True)})
-
-
 # ---- what is printed ---------------------------------------------------------------------------------------------
 
 
-def print_split(scene: Scene, held_out: NDArray[np.bool_], block: int) -> None:
+def print_split(scene: LabelledScene, held_out: NDArray[np.bool_], block: int) -> None:
     """Print how the scene is split, and each class's labelled pixels on both sides."""
     longest = max(map(len, scene.names))
     print(f"validation: every third {block} x {block} block, {held_out.mean():.0%} of the scene, blank in training\n")
@@ -630,7 +610,7 @@ def print_split(scene: Scene, held_out: NDArray[np.bool_], block: int) -> None:
 
 
 def print_figures(
-    scene: Scene, held_out: NDArray[np.bool_], figures: Mapping[str, float], per_class: NDArray[np.float64]
+    scene: LabelledScene, held_out: NDArray[np.bool_], figures: Mapping[str, float], per_class: NDArray[np.float64]
 ) -> None:
     """Print the figures of the map, per class and in all."""
     longest = max(map(len, scene.names))
@@ -662,7 +642,7 @@ def print_results(folder: Path, seconds: float) -> None:
     print(f"  from ununennium.demo import load_model; model = load_model({str(folder)!r})")
 
 
-def _counts(scene: Scene, held_out: NDArray[np.bool_]) -> NDArray[np.int64]:
+def _counts(scene: LabelledScene, held_out: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Labelled pixels of each class in training and in validation (K, 2)."""
     sides = (scene.labels[~held_out], scene.labels[held_out])
     return np.stack([np.bincount(side, minlength=256)[: len(scene.names)] for side in sides], axis=1)
@@ -670,20 +650,7 @@ def _counts(scene: Scene, held_out: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 # ---- pictures ----------------------------------------------------------------------------------------------------
 
-# The first seven are Okabe and Ito's; nine were chosen together, and eight more one by one, for the largest distance
-# in CIELAB from all others and from white and grey, as seen with normal colour vision, protanopia and deuteranopia
-# (simulated after Machado et al. 2009).
-PALETTE = """
-    0072b2 e69f00 009e73 cc79a7 56b4e9 d55e00 f0e442 c369ff 3c4b00 e10f3c 3c6969 780f78
-    003cb4 00ffa5 87003c c3b469 a5f069 00d2e1 d20fb4 ff6987 87693c 87e1b4 785a87 d2873c
-"""
 WHITE, GREY, RIGHT, WRONG = "#ffffff", "#e0e0e0", "#a9c9e3", "#cc3300"
-
-
-def palette(num_classes: int) -> NDArray[np.uint8]:
-    """Return a colour for each class, RGB (K, 3); after 24 classes they repeat."""
-    colours = np.frombuffer(bytes.fromhex(PALETTE), dtype=np.uint8).reshape(-1, 3)
-    return colours[np.arange(num_classes) % len(colours)]
 
 
 def draw_curves(path: Path, history: Mapping[str, Sequence[float]]) -> None:
@@ -706,19 +673,18 @@ def draw_curves(path: Path, history: Mapping[str, Sequence[float]]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_map(path: Path, scene: Scene, held_out: NDArray[np.bool_], predicted: NDArray[np.uint8]) -> None:
+def draw_map(path: Path, scene: LabelledScene, held_out: NDArray[np.bool_], predicted: NDArray[np.uint8]) -> None:
     """Draw image, labels, map, and where the map is right and wrong on the validation blocks."""
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colours = palette(len(scene.names)) / 255
-    table = np.full((256, 3), to_rgb(GREY))
-    table[: len(colours)] = colours
+    colours, rgb = palette(len(scene.names)), rgb_bands(scene.source.bands)
+    table = np.array([to_rgb(colour) for colour in colours + [GREY] * (256 - len(colours))])
     verdict = np.where((predicted == scene.labels)[..., None], to_rgb(RIGHT), to_rgb(WRONG))
     compared = held_out & (scene.labels != IGNORE)
     pictures = {
-        f"Image (bands {', '.join(str(band + 1) for band in scene.rgb)})": stretch(scene),
+        f"Image (bands {', '.join(str(band + 1) for band in rgb)})": stretch(scene, rgb),
         "Labels": table[scene.labels],
         "Map": table[predicted],
         "Map on the validation blocks": np.where(compared[..., None], verdict, to_rgb(GREY)),
@@ -731,7 +697,7 @@ def draw_map(path: Path, scene: Scene, held_out: NDArray[np.bool_], predicted: N
         axes.imshow(np.where(scene.valid[..., None], picture, to_rgb(WHITE)), interpolation="nearest")
         axes.set_title(title, fontsize=11)
         axes.set(xticks=[], yticks=[])
-    patches = [Patch(facecolor=tuple(colour), label=name) for colour, name in zip(colours, scene.names, strict=True)]
+    patches = [Patch(facecolor=colour, label=name) for colour, name in zip(colours, scene.names, strict=True)]
     figure.legend(handles=patches, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
     verdicts = {"right": RIGHT, "wrong": WRONG, "no label, or trained on": GREY}
     patches = [Patch(facecolor=colour, label=name) for name, colour in verdicts.items()]
@@ -739,8 +705,8 @@ def draw_map(path: Path, scene: Scene, held_out: NDArray[np.bool_], predicted: N
     figure.savefig(path, dpi=150)
 
 
-def stretch(scene: Scene) -> NDArray[np.float64]:
+def stretch(scene: LabelledScene, rgb: list[int]) -> NDArray[np.float64]:
     """Return a picture (H, W, 3) in 0 … 1, each band stretched from its 2nd to its 98th percentile."""
-    low, high = np.percentile(scene.image[scene.rgb][:, scene.valid], (2, 98), axis=1)[..., None, None]
-    bands = (scene.image[scene.rgb] - low) / np.maximum(high - low, 1e-12)
+    low, high = np.percentile(scene.image[rgb][:, scene.valid], (2, 98), axis=1)[..., None, None]
+    bands = (scene.image[rgb] - low) / np.maximum(high - low, 1e-12)
     return np.repeat(bands.clip(0, 1), 3 // len(bands), axis=0).transpose(1, 2, 0)

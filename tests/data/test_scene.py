@@ -10,7 +10,7 @@ import pytest
 import rasterio
 
 from ununennium.data import Scene, Window, _files
-from ununennium.data._files import close_rasters, open_raster
+from ununennium.data._files import close_rasters, open_raster, version_of
 
 EVERYWHERE = [Window(0, 0, 30, 40), Window(3, 5, 7, 9), Window(-4, -6, 12, 13), Window(25, 35, 20, 20),
               Window(-5, -5, 60, 70), Window(100, 3, 4, 4), Window(-9, 0, 9, 5)]  # fmt: skip
@@ -335,8 +335,24 @@ def test_a_damaged_file_is_named_with_the_window(raster, draws):
 # ------------------------------------------------------------------ handles
 
 
+def handle_of(scene):
+    return open_raster(scene.image[0], version=version_of(scene.image[0]))
+
+
+def test_a_file_that_was_written_anew_is_read_anew(raster):
+    first = Scene(raster("a.tif", np.ones((1, 8, 8), np.uint8)))
+    assert first.read(Window(0, 0, 8, 8))[0].sum() == 64
+    second = Scene(raster("a.tif", np.full((1, 9, 9), 2, np.uint8)))
+    assert second.shape == (9, 9)
+    assert second.read(Window(0, 0, 9, 9))[0].sum() == 162
+
+
+def test_descriptions_that_repeat_are_no_names(raster):
+    assert Scene(raster("a.tif", np.ones((2, 8, 8), np.uint8), bands=["value", "value"])).bands == ("B1", "B2")
+
+
 def child(scene, window, queue, parents):
-    queue.put((scene.read(window)[0].sum(), id(open_raster(scene.image[0])) == parents))
+    queue.put((scene.read(window)[0].sum(), id(handle_of(scene)) == parents))
 
 
 def test_a_forked_process_opens_files_of_its_own(raster, draws):
@@ -345,7 +361,7 @@ def test_a_forked_process_opens_files_of_its_own(raster, draws):
     total = scene.read(window)[0].sum()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    process = context.Process(target=child, args=(scene, window, queue, id(open_raster(scene.image[0]))))
+    process = context.Process(target=child, args=(scene, window, queue, id(handle_of(scene))))
     process.start()
     assert queue.get(timeout=60) == (total, False)
     process.join()
@@ -355,16 +371,16 @@ def test_a_forked_process_opens_files_of_its_own(raster, draws):
 def test_threads_open_files_of_their_own_and_keep_them(raster, draws):
     values = draws.integers(0, 99, (1, 64, 64)).astype(np.uint8)
     scene = Scene(raster("a.tif", values, tile=16))
-    handles, wrong = [open_raster(scene.image[0])], []
+    handles, wrong = [handle_of(scene)], []
 
     def work(seed):
-        mine = open_raster(scene.image[0])
+        mine = handle_of(scene)
         handles.append(mine)
         for row, col in np.random.default_rng(seed).integers(0, 50, (200, 2)).tolist():
             image, _ = scene.read(Window(row, col, 14, 14))
             if not np.array_equal(image, values[:, row : row + 14, col : col + 14]):
                 wrong.append((row, col))
-        if open_raster(scene.image[0]) is not mine:
+        if handle_of(scene) is not mine:
             wrong.append("handle")
         close_rasters()
 

@@ -40,16 +40,39 @@ class Grid(NamedTuple):
     alpha: bool
 
 
+class Version(NamedTuple):
+    """What tells a file from one that has been written in its place.
+
+    Attributes
+    ----------
+    file, size, modified : int
+        Inode, bytes, and nanoseconds.
+    """
+
+    file: int
+    size: int
+    modified: int
+
+
+def version_of(path: str) -> Version | None:
+    """Return a file's version; None for what is no file of the system's."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return Version(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 class _Handles(threading.local):
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.files: OrderedDict[tuple[str, Grid | None], tuple[Any, Any]] = OrderedDict()
+        self.files: OrderedDict[tuple[str, Grid | None, Version | None], tuple[Any, Any]] = OrderedDict()
 
 
 _handles = _Handles()
 
 
-def open_raster(path: str, grid: Grid | None = None) -> Any:
+def open_raster(path: str, grid: Grid | None = None, version: Version | None = None) -> Any:
     """Return this thread's dataset of a file, on its own grid or resampled to another, opened at its first use.
 
     Parameters
@@ -58,6 +81,8 @@ def open_raster(path: str, grid: Grid | None = None) -> Any:
         A path, or whatever else rasterio opens.
     grid : Grid, optional
         Where the file is to be read on another grid than its own.
+    version : Version, optional
+        Which one: a handle of another is not used.
 
     Raises
     ------
@@ -69,7 +94,7 @@ def open_raster(path: str, grid: Grid | None = None) -> Any:
     if _handles.process != os.getpid():
         _start_anew()
     files = _handles.files
-    key = (path, grid)
+    key = (path, grid, version)
     if key in files:
         files.move_to_end(key)
         return files[key][0]

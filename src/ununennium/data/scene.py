@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ununennium.data._files import Grid, open_raster
+from ununennium.data._files import Grid, open_raster, version_of
 
 _BAND_IN_FILE_NAME = re.compile(r"(?:^|[_.\-])(B\d{1,2}[A-Z]?)(?=[_.\-]|$)", re.IGNORECASE)
 _SAME_GRID = 0.01  # of a pixel
@@ -259,7 +259,8 @@ class _File:
     """One raster file: what it is, and how its windows are read on the scene's grid."""
 
     def __init__(self, path: str) -> None:
-        dataset = open_raster(path)
+        self._version = version_of(path)
+        dataset = open_raster(path, version=self._version)
         self.path, self.count = path, int(dataset.count)
         self.shape = (int(dataset.height), int(dataset.width))
         self.crs: Any = dataset.crs or None
@@ -311,7 +312,7 @@ class _File:
 
     def read(self, window: Window, numbers: list[int], out: NDArray[Any], valid: NDArray[np.bool_]) -> None:
         """Read bands into an array (C, height, width), and clear ``valid`` where one of them has no data."""
-        dataset = open_raster(self.path, self.grid)
+        dataset = open_raster(self.path, self.grid, self._version)
         row, col, height, width = window
         place = ((row, row + height), (col, col + width))
         try:
@@ -407,7 +408,7 @@ def _names(files: list[_File]) -> tuple[str, ...]:
     names: list[str] = []
     for file, descriptions in zip(files, described, strict=True):
         in_file_name = _BAND_IN_FILE_NAME.findall(os.path.splitext(os.path.basename(file.path))[0])
-        if all(descriptions):
+        if all(descriptions) and len({_key(str(name)) for name in descriptions}) == len(descriptions):
             names += [str(description) for description in descriptions]
         elif len(descriptions) == 1 and in_file_name:
             names.append(in_file_name[-1].upper())

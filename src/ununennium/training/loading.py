@@ -155,6 +155,11 @@ class EpochLoader:
             return len(self._order)
         return -(-len(self.loader) // self._size)  # type: ignore[arg-type]
 
+    def end_workers(self) -> None:
+        """End workers that persist; the garbage collector, to which a Trainer falls, would wait 5 seconds for each."""
+        if self._twin is not None:
+            self._twin._iterator = None
+
     def describe(self) -> dict[str, Any]:
         """Return what a run that goes on must have in common with the one that was left; None where it is unknown."""
         loader: Any = self.loader
@@ -494,11 +499,20 @@ class _InitWorker:
 
     def __call__(self, worker_id: int) -> None:
         _leave_signals_to_the_parent()
+        _forget_open_files()
         info = get_worker_info()
         if self.keyed:
             object.__setattr__(info, "dataset", info.dataset.dataset)  # type: ignore[union-attr]
         if self.function is not None:
             self.function(worker_id)
+
+
+def _forget_open_files() -> None:
+    """Close, in a worker, the files that TorchGeo has cached: a forked one would share its parent's places in them."""
+    dataset = getattr(sys.modules.get("torchgeo.datasets.geo"), "RasterDataset", None)
+    forget = getattr(getattr(dataset, "_cached_load_warp_file", None), "cache_clear", None)
+    if forget is not None:
+        forget()
 
 
 def _leave_signals_to_the_parent() -> None:

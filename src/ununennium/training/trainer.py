@@ -4,7 +4,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -241,7 +241,9 @@ class Trainer:
         self._check_processes()
         modules = nn.ModuleList(self._modules())
         self._stepper.begin(modules.parameters(), modules.buffers())
-        with self._signals, modes_restored(*self._modules()):
+        with self._signals, modes_restored(*self._modules()), ExitStack() as ending:
+            for loader in (self._train_batches, self._val_batches):
+                ending.callback(loader.end_workers)
             if not self.model.training:
                 self.model.train()
             modes = Modes(*self._modules())
@@ -292,13 +294,15 @@ class Trainer:
             index = self.state.batch
             for hook in self.callbacks.batch_start:
                 hook(self, index)
+            batch = None
             try:
                 wishes = self._wishes()
-                result = self._stepper.train(self._prepare(loaded.batch, True), opens, closes, loaded.counts, wishes)
+                batch = self._prepare(loaded.batch, True)
+                result = self._stepper.train(batch, opens, closes, loaded.counts, wishes)
                 self._observe(result, True, loaded.counts)
             except Exception as error:
                 if self._group.lost(error) is None:
-                    self._explain(error, loaded.batch, True, f"epoch {epoch}, batch {index}")
+                    self._explain(error, batch, f"epoch {epoch}, batch {index}")
                 raise
             self.state.digest = loaded.digest
             if closes:
@@ -306,7 +310,7 @@ class Trainer:
                 self._step()
             for hook in self.callbacks.batch_end:
                 hook(self, index, {"train_loss": result.loss})
-            del result  # its outputs need not live through the next forward
+            del result, batch  # they need not live through the next forward
             if closes:
                 self._writer.check()
                 self._act_on_signals(self._leaving)
@@ -349,11 +353,13 @@ class Trainer:
             for module in self._modules():
                 module.eval()
             for index, loaded in enumerate(self._val_batches.epoch(self.state.seed, epoch=0)):
+                batch = None
                 try:
-                    result = self._stepper.evaluate(self._prepare(loaded.batch, False))
+                    batch = self._prepare(loaded.batch, False)
+                    result = self._stepper.evaluate(batch)
                     self._observe(result, False, loaded.counts)
                 except Exception as error:
-                    self._explain(error, loaded.batch, False, f"validation batch {index}")
+                    self._explain(error, batch, f"validation batch {index}")
                     raise
                 if self._leavable:
                     self._signals.check()
@@ -642,17 +648,11 @@ class Trainer:
         batch = to_device(batch, self.device)
         return batch if transform is None else transform(batch)
 
-    def _explain(self, error: Exception, batch: Any, training: bool, place: str) -> None:
+    def _explain(self, error: Exception, batch: Any, place: str) -> None:
         """Raise a batch's error with its cause if it shows, else note where it happened."""
         cause = None
-        if self._standard_step:
-            try:
-                with RandomState.capture().put_back():
-                    prepared = self._prepare(batch, training)
-            except Exception:  # then that is the cause, and shows by itself
-                prepared = None
-            if prepared is not None:
-                cause = explain(error, prepared, self.model, self.loss_fn, self.device)
+        if self._standard_step and batch is not None:  # None: its transform failed, which shows by itself
+            cause = explain(error, batch, self.model, self.loss_fn, self.device)
         (cause or error).add_note(f"This happened in {place}.")
         if cause is not None:
             raise cause from error
