@@ -310,9 +310,9 @@ def _statistics(data: SceneData, folder: Path) -> BandStatistics:
     """Return each band's statistics over the training area, kept with the run."""
     statistics = band_statistics(data.train)
     if int(os.environ.get("RANK", 0)) == 0:
-        (folder / "statistics.json").write_text(statistics.to_json(), encoding="utf-8")
+        statistics.save(folder / "statistics.json")
         if data.split is not None:
-            (folder / "split.json").write_text(data.split.to_json(), encoding="utf-8")
+            data.split.save(folder / "split.json")
     return statistics
 
 

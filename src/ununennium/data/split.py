@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from ununennium.data._assignment import assign
 from ununennium.data._classes import Classes
 from ununennium.data._lattice import Lattice, check_apart, lattices_of
 from ununennium.data._places import Blocks, Places
+from ununennium.data._saved import Saved
 from ununennium.data._scenes import as_scenes, targets_in
 from ununennium.data.scene import Scene
 
@@ -71,7 +72,7 @@ class Region:
         )
 
 
-class Split(Mapping[str, Region]):
+class Split(Saved, Mapping[str, Region]):
     """Parts of scenes by name, as `block_split` makes them; keep it with the run by ``save``.
 
     Attributes
@@ -159,7 +160,7 @@ class Split(Mapping[str, Region]):
         )
 
     @classmethod
-    def from_json(cls, text: str) -> "Split":
+    def from_json(cls, text: str) -> Self:
         """Return the split that ``to_json`` wrote.
 
         Raises
@@ -184,17 +185,6 @@ class Split(Mapping[str, Region]):
             return cls(read["fractions"], read["block"], read["buffer"], read["seed"], lattices, read["report"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"this is no split that Split.to_json wrote: {error!r}") from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the split to a JSON file."""
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Split":
-        """Return the split in a JSON file."""
-        with open(path, encoding="utf-8") as file:
-            return cls.from_json(file.read())
 
 
 def block_split(

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ununennium.data._saved import Saved
 from ununennium.data._scenes import as_scenes
 from ununennium.data.chips import Chips
 from ununennium.data.scene import Scene
@@ -17,7 +17,7 @@ _FORMAT = 1
 _CODES = 2**16
 
 
-class BandStatistics:
+class BandStatistics(Saved):
     """Counts, moments and a histogram of each band's valid pixels; those of several rasters can be added.
 
     Values of rasters with integers of 8 or 16 bits are counted one by one, so that everything is exact. Values of any
@@ -167,7 +167,7 @@ class BandStatistics:
         return json.dumps(state | {"histograms": histograms}, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> "BandStatistics":
+    def from_json(cls, text: str) -> Self:
         """Return the statistics that ``to_json`` wrote.
 
         Raises
@@ -189,17 +189,6 @@ class BandStatistics:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"these are no statistics that BandStatistics.to_json wrote: {error!r}") from error
         return made
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the statistics to a JSON file."""
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "BandStatistics":
-        """Return the statistics in a JSON file."""
-        with open(path, encoding="utf-8") as file:
-            return cls.from_json(file.read())
 
     def _moments(self, band: int) -> tuple[float, float]:
         if self.count == 0:
