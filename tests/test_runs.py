@@ -16,6 +16,7 @@ from ununennium import cli
 from ununennium.data import Scene, Window
 from ununennium.models import create_model
 from ununennium.prediction import load_model, predict_scene
+from ununennium.runs import ChipSettings, SceneData, SceneFiles
 from ununennium.training.checkpoint import read
 
 SIZE, CHIP = 128, 32
@@ -133,6 +134,55 @@ def test_started_anew_a_run_goes_on(scene):
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
 
 
+def test_a_first_attempt_that_failed_leaves_the_folder_free(scene, capsys):
+    assert "B9" in fails(capsys, "fit", "--config", write_config(scene), "--data.bands", "[B9]")
+    run("fit", "--config", write_config(scene), "--trainer.epochs", 1, "--data.bands", "[B8]")
+    swapped = '{"5": "crops", "1": "water", "7": "forest"}'  # other targets for the same values
+    args = "--data.bands", "[B8]", "--trainer.epochs", 1, "--data.classes", swapped
+    assert "data.classes was" in fails(capsys, "fit", "--config", write_config(scene), *args)
+    (scene / "run" / "config.yaml").write_text("")
+    assert "another configuration" in fails(capsys, "fit", "--config", write_config(scene), "--data.bands", "[B8]")
+
+
+def test_validation_scenes_are_read_by_the_training_bands_names(scene):
+    with rasterio.open(scene / "image.tif") as source:
+        profile, pixels = source.profile, source.read()
+    with rasterio.open(scene / "turned.tif", "w", **profile) as target:
+        target.write(pixels[::-1])
+        target.descriptions = ["B8", "B4"]
+    files = SceneFiles(str(scene / "image.tif"), str(scene / "label.tif"))
+    turned = SceneFiles(str(scene / "turned.tif"), str(scene / "label.tif"))
+    settings = ChipSettings([files], val_scenes=[turned], classes={1: "a", 5: "b", 7: "c"}, chip_size=48)
+    data = SceneData(settings)
+    assert data.val.bands == ("B4", "B8")
+    sums = sum(chip["image"].to(torch.int64).mul(chip["mask"] != 255).sum((1, 2)) for chip in data.val)
+    assert sums.tolist() == pixels.astype(np.int64).sum((1, 2)).tolist()  # each pixel once, though 48 divides no 128
+
+
+def test_the_seed_is_that_of_a_network_of_ones_own(scene, monkeypatch):
+    (scene / "mine2.py").write_text(OWN)
+    monkeypatch.syspath_prepend(scene)
+    found = []
+    for seed in (0, 1, 0):
+        args = "--network", "mine2.Network", "--datamodule", "mine2.Module", "--data", "null", "--seed", seed
+        folder = scene / f"seeded-{len(found)}"
+        run(
+            "fit",
+            "--config",
+            write_config(scene),
+            *args,
+            "--output",
+            folder,
+            "--optimizer.lr",
+            0,
+            "--trainer.epochs",
+            1,
+        )
+        found.append(load_file(folder / "checkpoints" / "last" / "model.safetensors")["weight"])
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
 MISTAKES = {
     "an unknown key": (["--data.chipsize", 64], "Option 'chipsize' is not accepted"),
     "a wrong type": (["--trainer.epochs", "many"], "trainer.epochs"),
@@ -144,6 +194,7 @@ MISTAKES = {
     "labels without a class": (["--data.classes", '{"1": "water", "5": "crops"}'], "7"),
     "an unknown model": (["--model.name", "unet_resnet19"], "unet_resnet18"),
     "an unknown band": (["--data.bands", "[B4, B11]"], "B11"),
+    "focus on a grid": (["--data.focus", 0.5], "set data.chips_per_epoch"),
     "a schedule twice": (
         ["--scheduler", "torch.optim.lr_scheduler.ExponentialLR", "--scheduler.gamma", "0.9"],
         'set schedule to "constant"',
@@ -281,5 +332,9 @@ def test_torchrun_trains_the_same_in_two_processes(scene):
         found = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stderr
         assert found.stdout.count("to map a scene") == 1
+    options = ["--output", scene / "two", "--data.batch_size", 4, "--data.flips", "false", "--data.chips_per_epoch", 16]
+    alone = [sys.executable, "-m", "ununennium", "fit", "--config", write_config(scene), *options]
+    found = subprocess.run(list(map(str, alone)), env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr  # in another number of processes it goes on: here to its end
     losses = [read(scene / name / "checkpoints" / "last").info["figures"]["train_loss"] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=0.1)  # BatchNorm sees other batches

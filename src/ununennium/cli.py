@@ -165,6 +165,7 @@ def export(parser: ArgumentParser, options: Namespace) -> None:
 
 
 def _build(parser: ArgumentParser, options: Namespace, trains: bool) -> Any:
+    import torch
     import yaml
 
     from ununennium.runs import build
@@ -172,6 +173,7 @@ def _build(parser: ArgumentParser, options: Namespace, trains: bool) -> Any:
     options = options.clone()
     options.pop("config", None)
     config = yaml.safe_load(parser.dump(options))
+    torch.manual_seed(options.seed)  # a network of one's own is made here
     return build(parser.instantiate(options), config, trains=trains)
 
 

@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader
 from ununennium.data import BandStatistics, Chips, Scene, band_statistics, block_split
 from ununennium.models import RasterModel, create_model
 from ununennium.training import Callback, CheckpointCallback, EarlyStoppingCallback, LRSchedulerCallback, Trainer
+from ununennium.training.checks import resolve_device
+from ununennium.training.distributed import Group, group_on, join
+from ununennium.training.loading import EpochLoader
 
 Schedule = Literal["constant", "cosine", "one_cycle"]
 
@@ -40,7 +43,7 @@ class SceneFiles:
 
 
 @dataclass
-class Split:
+class SplitSettings:
     """How scenes are split into blocks for training and validation.
 
     Parameters
@@ -68,7 +71,7 @@ class ChipSettings:
         Scenes with labels.
     val_scenes : list of SceneFiles, optional
         Scenes to validate on; without them ``scenes`` are split into blocks.
-    split : Split
+    split : SplitSettings
         How, if there are no ``val_scenes``.
     bands : list of str, optional
         The bands to use, by name, in this order; all by default.
@@ -104,7 +107,7 @@ class ChipSettings:
 
     scenes: list[SceneFiles]
     val_scenes: list[SceneFiles] | None = None
-    split: Split = field(default_factory=Split)
+    split: SplitSettings = field(default_factory=SplitSettings)
     bands: list[str] | None = None
     classes: dict[int, str] | list[str] = field(default_factory=list)
     ignore_index: int = 255
@@ -133,7 +136,9 @@ class SceneData:
         validation = [Scene(s.image, s.label, bands=s.bands) for s in settings.val_scenes or ()]
         common: dict[str, Any] = {"classes": settings.classes, "ignore_values": settings.ignore_values}
         self.split = None
-        if settings.val_scenes is None:
+        if settings.focus and settings.chips_per_epoch is None:
+            raise ValueError("data.focus is for random chips: set data.chips_per_epoch, their number in an epoch")
+        if not settings.val_scenes:
             how = settings.split
             missing = {"train", "val"} - how.fractions.keys()
             if missing:
@@ -148,7 +153,8 @@ class SceneData:
             min_valid=settings.min_valid, focus=settings.focus,
             transform=flip if settings.flips else None, **common,
         )  # fmt: skip
-        self.val = Chips(validation or training, settings.chip_size, region=regions[1], **common)
+        common["bands"] = self.train.bands  # by name, whatever the order in the files
+        self.val = Chips(validation or training, settings.chip_size, region=regions[1], once=True, **common)
         workers = settings.num_workers
         self._loading: dict[str, Any] = {
             "batch_size": settings.batch_size, "num_workers": workers, "persistent_workers": workers > 0,
@@ -256,23 +262,28 @@ def build(settings: Any, config: Mapping[str, Any], *, trains: bool = True) -> R
     ValueError, TypeError, OSError
         For what won't do, naming it and what would.
     """
-    folder = Path(settings.output)
-    if trains:
-        keep_config(folder, config)
-    torch.manual_seed(settings.seed)
-    if (settings.data is None) == (settings.datamodule is None):
-        raise ValueError("give either data, with its scenes, or a datamodule")
-    data: SceneData | DataModule = SceneData(settings.data) if settings.data is not None else settings.datamodule
-    transforms: dict[str, Any] = {} if isinstance(data, SceneData) else batch_transforms(data)
-    model = _model(settings, data, folder if trains else None)
-    loss_fn = settings.loss
-    optimizer = settings.optimizer([*model.parameters(), *loss_fn.parameters()])
-    train_loader, val_loader = data.train_dataloader(), data.val_dataloader()
+    folder = Path(settings.output).expanduser()
     options = dict(vars(settings.trainer))
     epochs = options.pop("epochs")
     if options["distributed"] == "auto":
         options["distributed"] = "RANK" in os.environ
-    steps = _steps(train_loader, epochs, options)
+    device = join(options["backend"], options["device"]) if options["distributed"] else options["device"]
+    group = group_on(resolve_device(device), bool(options["distributed"]))
+    if trains:
+        group.of_leader(lambda: check_config(folder, config))
+    torch.manual_seed(settings.seed)
+    if (settings.data is None) == (settings.datamodule is None):
+        raise ValueError("give either data, with its scenes, or a datamodule")
+    data: SceneData | DataModule = SceneData(settings.data) if settings.data is not None else settings.datamodule
+    transforms: dict[str, Any] = {} if isinstance(data, SceneData) else batch_transforms(data, group)
+    measured = None
+    if isinstance(data, SceneData) and data.settings.normalize and trains:
+        measured = group.of_leader(lambda: band_statistics(data.train))
+    model = _model(settings, data, measured, trains)
+    loss_fn = settings.loss
+    optimizer = settings.optimizer([*model.parameters(), *loss_fn.parameters()])
+    train_loader, val_loader = data.train_dataloader(), data.val_dataloader()
+    steps = _steps(train_loader, epochs, options["gradient_accumulation_steps"], group)
     callbacks = [
         *_schedulers(settings, optimizer, steps),
         *(settings.callbacks or []),
@@ -283,48 +294,40 @@ def build(settings: Any, config: Mapping[str, Any], *, trains: bool = True) -> R
         model, optimizer, loss_fn, train_loader, val_loader, callbacks, seed=settings.seed, config=config,
         **transforms, **options,
     )  # fmt: skip
+    if trains:
+        group.of_leader(lambda: keep(folder, config, data, measured))
     return Run(trainer, data, folder)
 
 
-def _model(settings: Any, data: SceneData | DataModule, folder: Path | None) -> nn.Module:
+def _model(settings: Any, data: SceneData | DataModule, measured: BandStatistics | None, pretrained: bool) -> nn.Module:
     chosen = settings.model
+    in_channels, num_classes, bands = chosen.in_channels, chosen.num_classes, None
+    weights = chosen.weights if pretrained else None
+    if isinstance(data, SceneData):
+        if in_channels is not None or num_classes is not None:
+            raise ValueError("model.in_channels and model.num_classes are told by data: leave them out")
+        in_channels, num_classes = len(data.train.bands), len(data.train.class_names or ())
+        bands = list(data.train.bands) if weights else None
+    network: nn.Module
     if settings.network is not None:
-        network: nn.Module = settings.network
+        network = settings.network
+    elif in_channels is None or num_classes is None:
+        raise ValueError("with a datamodule, give model.in_channels and model.num_classes, or a network")
     else:
-        in_channels = len(data.train.bands) if isinstance(data, SceneData) else chosen.in_channels
-        num_classes = len(data.train.class_names or ()) if isinstance(data, SceneData) else chosen.num_classes
-        if in_channels is None or num_classes is None:
-            raise ValueError("with a datamodule, give model.in_channels and model.num_classes, or a network")
-        bands = list(data.train.bands) if isinstance(data, SceneData) and chosen.weights else None
         network = create_model(
-            chosen.name, in_channels, num_classes, chosen.weights, bands, unmatched=chosen.unmatched,
+            chosen.name, in_channels, num_classes, weights, bands, unmatched=chosen.unmatched,
             **(chosen.arguments or {}),
         )  # fmt: skip
-    if not isinstance(data, SceneData):
-        return network
-    measured = _statistics(data, folder) if data.settings.normalize and folder is not None else None
-    return data.around(network, measured)
+    return data.around(network, measured) if isinstance(data, SceneData) else network
 
 
-def _statistics(data: SceneData, folder: Path) -> BandStatistics:
-    """Return each band's statistics over the training area, kept with the run."""
-    statistics = band_statistics(data.train)
-    if int(os.environ.get("RANK", 0)) == 0:
-        statistics.save(folder / "statistics.json")
-        if data.split is not None:
-            data.split.save(folder / "split.json")
-    return statistics
-
-
-def _steps(loader: Any, epochs: int, options: Mapping[str, Any]) -> int | None:
+def _steps(loader: Any, epochs: int, accumulation: int, group: Group) -> int | None:
     """Return the optimizer steps of a whole run, if the loader tells its length."""
     try:
-        batches = len(loader)
+        batches = len(EpochLoader(loader, 0, group.rank, group.size))
     except TypeError:
         return None
-    world = int(os.environ.get("WORLD_SIZE", 1)) if options["distributed"] else 1
-    windows = math.ceil(math.ceil(batches / world) / int(options["gradient_accumulation_steps"]))
-    return max(windows * epochs, 1)
+    return max(math.ceil(batches / accumulation) * epochs, 1)
 
 
 def _schedulers(settings: Any, optimizer: torch.optim.Optimizer, steps: int | None) -> list[Callback]:
@@ -345,10 +348,10 @@ def _schedulers(settings: Any, optimizer: torch.optim.Optimizer, steps: int | No
     return [LRSchedulerCallback(scheduler, step_on="batch")]
 
 
-def batch_transforms(datamodule: Any) -> dict[str, Callable[[Any], Any]]:
+def batch_transforms(datamodule: Any, group: Group) -> dict[str, Callable[[Any], Any]]:
     """Set up a Lightning datamodule and return what its hooks do to batches, as a Trainer takes it."""
     if hasattr(datamodule, "prepare_data"):
-        datamodule.prepare_data()
+        group.of_leader(datamodule.prepare_data)  # which may download
     if hasattr(datamodule, "setup"):
         datamodule.setup("fit")
     if not hasattr(datamodule, "on_after_batch_transfer"):
@@ -375,31 +378,43 @@ class _Stage:
         self.sanity_checking = self.testing = self.predicting = False
 
 
-_FREE = {"trainer.progress", "trainer.device", "trainer.distributed", "data.num_workers", "output"}
+_FREE = {"trainer.progress", "trainer.device", "trainer.distributed", "data.num_workers", "data.batch_size", "output"}
 
 
-def keep_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Keep a run's configuration in its folder, for another start of the same run and of no other.
+def check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise if a folder holds checkpoints of a run of another configuration, naming what differs.
 
-    Raises
-    ------
-    ValueError
-        If the folder is that of a run of another configuration, naming what differs.
+    The batch size of one process may change with their number: the Trainer compares the global batch.
     """
     path = folder / "config.yaml"
-    if path.exists():
-        there, here = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(config)
-        free = _FREE | ({"trainer.epochs"} if config.get("schedule") == "constant" else set())
-        names = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k) and k not in free)
-        if names:
-            differs = "; ".join(f"{name} was {there.get(name)!r} and is {here.get(name)!r}" for name in names[:3])
-            raise ValueError(f"{folder} holds a run of another configuration ({differs}): choose another output folder")
-    if int(os.environ.get("RANK", 0)) == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if not path.exists() or not any(folder.glob("checkpoints/step-*")):
+        return
+    there, here = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(config)
+    free = _FREE | ({"trainer.epochs"} if config.get("schedule") == "constant" else set())
+    names = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k) and k not in free)
+    if names:
+        differs = "; ".join(f"{name} was {there.get(name)!r} and is {here.get(name)!r}" for name in names[:3])
+        raise ValueError(f"{folder} holds a run of another configuration ({differs}): choose another output folder")
+
+
+def keep(folder: Path, config: Mapping[str, Any], data: Any, measured: BandStatistics | None) -> None:
+    """Keep with a run what it is made of: its configuration, its split, the statistics of its bands."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {"config.yaml": yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)}
+    if measured is not None:
+        texts["statistics.json"] = measured.to_json()
+    if getattr(data, "split", None) is not None:
+        texts["split.json"] = data.split.to_json()
+    for name, text in texts.items():
+        aside = folder / f".{name}.tmp"
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, folder / name)
 
 
 def _flat(config: Any, at: str = "") -> dict[str, Any]:
+    """Return what a configuration says, by path; of classes, whose order counts, as pairs."""
+    if at == "data.classes." and isinstance(config, Mapping):
+        return {"data.classes": [[str(value), name] for value, name in config.items()]}
     if not isinstance(config, Mapping):
         return {at.removesuffix("."): config}
     return {k: v for name, value in config.items() for k, v in _flat(value, f"{at}{name}.").items()}
@@ -413,6 +428,6 @@ __all__ = [
     "SceneData",
     "SceneFiles",
     "Schedule",
-    "Split",
+    "SplitSettings",
     "build",
 ]

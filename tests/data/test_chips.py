@@ -407,3 +407,23 @@ def test_importing_is_light():
     assert exported == str(
         ["BandStatistics", "Chips", "Region", "Scene", "Split", "Window", "band_statistics", "block_split"]
     )
+
+
+@pytest.mark.parametrize("stride", [None, 5, 3])
+def test_a_pixel_that_is_to_count_once_has_one_target(raster, draws, stride):
+    labels = draws.integers(0, 3, (23, 30)).astype(np.uint8)
+    scene = Scene(raster("a.tif", labels), raster("l.tif", labels))
+    split = block_split([scene], {"a": 0.5, "b": 0.5}, 9)
+    for region in (None, split["a"]):
+        chips = Chips([scene, scene], 7, stride=stride, classes=["x", "y", "z"], once=True, region=region)
+        usual = Chips([scene, scene], 7, stride=stride, classes=["x", "y", "z"], region=region)
+        times, held = np.zeros((2, 2, 23, 30), int)
+        for index, (number, window) in enumerate(chips.windows):
+            place = np.s_[number, window.row : window.row + 7, window.col : window.col + 7]
+            times[place] += chips[index]["mask"].numpy() != 255
+            held[place] = 1
+            assert torch.equal(chips[index]["image"], usual[index]["image"])
+            assert torch.equal(chips[index - len(chips)]["mask"], chips[index]["mask"])
+        assert np.array_equal(times, held)
+    with pytest.raises(ValueError, match="once is for chips on a grid"):
+        Chips(scene, 7, length=3, once=True)

@@ -95,7 +95,7 @@ def test_classes_have_values_and_colours_of_their_own():
         ({"std": [1.0, 0.0, 1.0]}, ValueError, "std must be finite and positive"),
         ({"std": [1.0, -1.0, 1.0]}, ValueError, "std must be finite and positive"),
         ({"std": [1.0, math.nan, 1.0]}, ValueError, "std must be finite and positive"),
-        ({"mean": [1.0, math.inf, 1.0]}, ValueError, "mean must be finite: "),
+        ({"mean": [1.0, math.inf, 1.0]}, ValueError, "mean must be finite, but is {'B3': inf}"),
         ({"class_values": [1]}, ValueError, "class_values has 1 entries, but there are 2 class_names"),
         ({"class_values": [3, 3]}, ValueError, r"class_values must differ, got \[3, 3\]"),
         ({"class_names": None, "class_values": [1]}, ValueError, "class_values has 1 entries, but there are 0"),

@@ -1,5 +1,6 @@
 """Chips: windows of scenes, as samples for training."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,9 @@ class Chips(Dataset[Sample]):
         than they are met. Labels are read once when the dataset is made, and 10,000 pixels of each class kept.
     focus_classes : sequence of str or int, optional
         Names or label values of the classes to be drawn; by default all that there are.
+    once : bool, default False
+        Of a pixel that several chips of the grid hold, the first alone has the target, the others ``ignore_index``: for
+        validation, whose figures then count each pixel once.
     transform : callable, optional
         Given each sample; what it returns is the sample.
 
@@ -114,6 +118,7 @@ class Chips(Dataset[Sample]):
         min_valid: float = 0.0,
         focus: float = 0.0,
         focus_classes: Sequence[str | int] | None = None,
+        once: bool = False,
         transform: Callable[[Sample], Any] | None = None,
     ) -> None:
         self.scenes = as_scenes(scenes)
@@ -141,11 +146,15 @@ class Chips(Dataset[Sample]):
             Places(scene.shape, self.size, None if region is None else region.blocks_of(scene)) for scene in self.scenes
         ]
         self._grid: NDArray[np.int32] | None = None
+        self._counted: dict[int, list[tuple[slice, slice]]] = {}
         if length is None:
             if focus or focus_classes is not None:
                 raise ValueError("focus is for chips at random: give their number with length=…")
             self._length = self._lay_grid(_pair("stride", size if stride is None else stride))
+            self._counted = _overlaps(self._grid, self.size) if once else {}
         else:
+            if once:
+                raise ValueError("once is for chips on a grid; random ones overlap as they fall")
             if length < 1:
                 raise ValueError(f"length must be at least 1, got {length}")
             self._length = int(length)
@@ -251,6 +260,9 @@ class Chips(Dataset[Sample]):
             number, row, col = self._grid[index].tolist()
             window = Window(row, col, *self.size)
             image, mask, _ = self._read(number, window)
+            if mask is not None:
+                for place in self._counted.get(index % self._length, ()):
+                    mask[place] = self.ignore_index
         else:
             number, window, image, mask = self._draw()
         sample = self._sample(number, window, image, mask)
@@ -315,6 +327,23 @@ class Chips(Dataset[Sample]):
         if mask is not None:
             sample["mask"] = torch.from_numpy(mask)
         return sample
+
+
+def _overlaps(grid: NDArray[np.int32] | None, size: tuple[int, int]) -> dict[int, list[tuple[slice, slice]]]:
+    """Return, for the chips of a grid that earlier ones overlap, the places in them that those hold."""
+    height, width = size
+    cells: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # of a chip's size, so that only neighbours are near
+    found: dict[int, list[tuple[slice, slice]]] = {}
+    for index, (number, row, col) in enumerate([] if grid is None else grid.tolist()):
+        at = row // height, col // width
+        for down, right in itertools.product((-1, 0, 1), repeat=2):
+            for other_row, other_col in cells.get((number, at[0] + down, at[1] + right), ()):
+                top, left = other_row - row, other_col - col
+                if abs(top) < height and abs(left) < width:
+                    rows = slice(max(top, 0), min(top + height, height))
+                    found.setdefault(index, []).append((rows, slice(max(left, 0), min(left + width, width))))
+        cells.setdefault((number, *at), []).append((row, col))
+    return found
 
 
 def _below(count: int) -> int:

@@ -95,8 +95,13 @@ class RasterModel(nn.Module):
             values = torch.full((len(self.bands),), neutral) if given is None else torch.as_tensor(given)
             if values.shape != (len(self.bands),):
                 raise ValueError(f"{what} has shape {tuple(values.shape)}, but there are {len(self.bands)} bands")
-            if not (values.isfinite().all() and (what == "mean" or (values > 0).all())):
-                raise ValueError(f"{what} must be finite{' and positive' if what == 'std' else ''}: {values.tolist()}")
+            sound = values.isfinite() & ((values > 0) if what == "std" else True)
+            if not sound.all():
+                wrong = {band: float(v) for band, v, fine in zip(self.bands, values, sound, strict=True) if not fine}
+                raise ValueError(
+                    f"{what} must be finite{' and positive' if what == 'std' else ''}, but is {wrong}: leave out bands "
+                    "that have no data or one value everywhere"
+                )
             self.register_buffer(what, values.to(torch.float32, copy=True))
 
     def forward(self, images: Tensor) -> Any:

@@ -53,7 +53,7 @@ def load_model(checkpoint: str | os.PathLike[str], network: nn.Module | None = N
             f"{path} does not tell how its model is made: make the model yourself and pass it, "
             "load_model(checkpoint, network), or train a RasterModel or a model of create_model, whose checkpoints do"
         )
-    settings = {key: value for key, value in (config or {}).items() if key != "class"}
+    settings = dict(config or {})
     model: nn.Module
     if "network" in settings:
         model = RasterModel.from_config(settings, network)

@@ -53,16 +53,16 @@ class Group:
         self._call(dist.all_reduce, total)
         return total
 
-    def start_sum(self, total: Tensor | float, numbers: Sequence[float]) -> Callable[[], Tensor]:
-        """Begin to sum a 0-dimensional tensor and some numbers over all processes, float64, in one vector.
+    def start_sum(self, scalars: Sequence[Tensor | float], numbers: Sequence[float]) -> Callable[[], Tensor]:
+        """Begin to sum 0-dimensional tensors and some numbers over all processes, float64, in one vector.
 
         What is returned gives the sums; on CUDA its stream waits for them, and not the host.
         """
         host = torch.tensor(numbers, dtype=torch.float64)
         on_cuda = self.device.type == "cuda"
         rest = (host.pin_memory() if on_cuda else host).to(self.device, non_blocking=on_cuda)
-        first = total if isinstance(total, Tensor) else torch.full((), total)
-        votes = torch.cat([first.reshape(1).to(self.device, torch.float64), rest])
+        first = [scalar if isinstance(scalar, Tensor) else torch.full((), scalar) for scalar in scalars]
+        votes = torch.cat([*(scalar.reshape(1).to(self.device, torch.float64) for scalar in first), rest])
         work = self._call(dist.all_reduce, votes, async_op=True)
 
         def finish() -> Tensor:

@@ -136,7 +136,7 @@ class Stepper:
             gc.collect()  # DistributedDataParallel is part of a cycle
 
     def train(
-        self, batch: Any, opens: bool, closes: bool, counts: bool = True, wishes: Sequence[float] = ()
+        self, batch: Any, opens: bool, closes: bool, counts: bool = True, wishes: Callable[[], Sequence[float]] = tuple
     ) -> BatchResult:
         """Run one batch, already on the device, forward and back; the optimizer steps in `step`.
 
@@ -148,14 +148,16 @@ class Stepper:
             Whether it is the first and the last of its window.
         counts : bool, default True
             Without it the batch has no effect, but takes part in what the processes do together.
-        wishes : sequence of float
-            Numbers to be summed over the processes with the last batch, in the one vote that a window needs anyhow:
-            cast before going backward, it is there when the gradient is.
+        wishes : callable
+            ``wishes()`` gives numbers to be summed over the processes with the last batch, in the one vote that a
+            window needs anyhow: cast before going backward, it is there when the gradient is.
         """
         with nullcontext() if closes else self._group.gathering(self._forward):
             return self._train(batch, opens, closes, counts, wishes)
 
-    def _train(self, batch: Any, opens: bool, closes: bool, counts: bool, wishes: Sequence[float]) -> BatchResult:
+    def _train(
+        self, batch: Any, opens: bool, closes: bool, counts: bool, wishes: Callable[[], Sequence[float]]
+    ) -> BatchResult:
         if opens:
             self._window.clear()
             self._total = 0.0
@@ -183,8 +185,10 @@ class Stepper:
                 share = _exact(count, loss.device) / self._unit
                 self._total = self._total + share
                 if closes and not alone:
-                    bad = (self.looks or self._skips) and self._place_of_bad_loss() is not None
-                    self._votes = self._group.start_sum(self._total, [float(bad), *wishes])
+                    bad = [
+                        ~loss.isfinite() & (count != 0) for loss, count in self._window
+                    ]  # a mean over nothing is NaN
+                    self._votes = self._group.start_sum([self._total, torch.stack(bad).any()], wishes())
                 self._precision.scale(loss).backward(share.to(loss.dtype))
         loss = loss.detach()
         self._state.batch += 1
@@ -253,15 +257,11 @@ class Stepper:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _place_of_bad_loss(self) -> int | None:
+    def _bad_loss(self) -> NonFiniteError | None:
         for place, (loss, count) in enumerate(self._window):
             if not math.isfinite(loss) and count != 0:  # a mean over nothing is NaN, and nothing
-                return place
+                return self._complaint("the loss", loss, place)
         return None
-
-    def _bad_loss(self) -> NonFiniteError | None:
-        place = self._place_of_bad_loss()
-        return None if place is None else self._complaint("the loss", self._window[place][0], place)
 
     def _bad_gradient(self) -> NonFiniteError | None:
         """Divide, unscale and clip the gradient; tell whether its norm, if anybody asks for it, is not finite."""

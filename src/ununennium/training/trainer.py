@@ -199,8 +199,9 @@ class Trainer:
     def fit(self, epochs: int, start_epoch: int = 0, *, resume: str | Path | None = None) -> dict[str, list[float]]:
         """Run epochs ``start_epoch`` … ``epochs - 1``, validating after each.
 
-        SIGTERM, SIGUSR1 and Ctrl-C end the run after the optimizer step that is under way, or at once in a validation,
-        and the callbacks that save write a checkpoint from which ``resume`` goes on; a second one stops at once.
+        SIGTERM, SIGUSR1 and Ctrl-C end the run after the optimizer step that is under way (of several processes, all
+        after the next one, if one of them was going backward), or at once in a validation, and the callbacks that save
+        write a checkpoint from which ``resume`` goes on; a second one stops at once.
 
         Parameters
         ----------
@@ -296,9 +297,8 @@ class Trainer:
                 hook(self, index)
             batch = None
             try:
-                wishes = self._wishes()
                 batch = self._prepare(loaded.batch, True)
-                result = self._stepper.train(batch, opens, closes, loaded.counts, wishes)
+                result = self._stepper.train(batch, opens, closes, loaded.counts, self._wishes)
                 self._observe(result, True, loaded.counts)
             except Exception as error:
                 if self._group.lost(error) is None:
