@@ -144,6 +144,14 @@ def test_a_first_attempt_that_failed_leaves_the_folder_free(scene, capsys):
     assert "another configuration" in fails(capsys, "fit", "--config", write_config(scene), "--data.bands", "[B8]")
 
 
+def test_ctrl_c_says_how_to_go_on(scene, monkeypatch, capsys):
+    def interrupted(trainer, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ununennium.training.Trainer.fit", interrupted)
+    assert "the same command goes on" in fails(capsys, "fit", "--config", write_config(scene), code=130)
+
+
 def test_validation_scenes_are_read_by_the_training_bands_names(scene):
     with rasterio.open(scene / "image.tif") as source:
         profile, pixels = source.profile, source.read()
@@ -188,7 +196,8 @@ MISTAKES = {
     "a wrong type": (["--trainer.epochs", "many"], "trainer.epochs"),
     "an unknown class": (["--optimizer", "torch.optim.Adan"], "torch.optim.Adan"),
     "no data": (["--data", "null"], "give either data, with its scenes, or a datamodule"),
-    "no such file": (["--data.scenes", '[{"image": "nowhere.tif"}]'], "nowhere.tif"),
+    "no such file": (["--data.scenes", '[{"image": "nowhere.tif", "label": "l.tif"}]'], "nowhere.tif"),
+    "no label": (["--data.scenes", '[{"image": "a.tif", "label": null}]'], "data.scenes has no label for scene 0"),
     "no classes": (["--data.classes", "[]"], "data.classes is missing: name the classes"),
     "no validation": (["--data.split.fractions", '{"train": 1.0}'], "data.split.fractions has no val"),
     "labels without a class": (["--data.classes", '{"1": "water", "5": "crops"}'], "7"),

@@ -92,7 +92,14 @@ def fit(parser: ArgumentParser, options: Namespace) -> None:
     if run.trainer.rank == 0 and getattr(run.data, "split", None) is not None:
         print(run.data.split)
     with _errors("fit", 1):
-        run.trainer.fit(options.trainer.epochs, resume="auto")
+        try:
+            run.trainer.fit(options.trainer.epochs, resume="auto")
+        except KeyboardInterrupt:
+            saved = (run.folder / "checkpoints" / "last").exists()
+            print(
+                f"interrupted; the same command goes on{' from the last checkpoint' if saved else ''}", file=sys.stderr
+            )
+            raise SystemExit(130) from None
     if run.trainer.rank == 0:
         best = run.folder / "checkpoints" / "best"
         print(f"to map a scene: ununennium predict {best} SCENE.tif MAP.tif")

@@ -132,6 +132,12 @@ class SceneData:
         self.settings = settings
         if not settings.classes:
             raise ValueError("data.classes is missing: name the classes, as {1: forest, 2: water} or as a list")
+        for name, given in (("scenes", settings.scenes), ("val_scenes", settings.val_scenes or [])):
+            unlabelled = [str(number) for number, files in enumerate(given) if files.label is None]
+            if unlabelled:
+                raise ValueError(
+                    f"data.{name} has no label for scene {', '.join(unlabelled)}: give label: FILE for each"
+                )
         training = [Scene(s.image, s.label, bands=s.bands) for s in settings.scenes]
         validation = [Scene(s.image, s.label, bands=s.bands) for s in settings.val_scenes or ()]
         common: dict[str, Any] = {"classes": settings.classes, "ignore_values": settings.ignore_values}
@@ -394,7 +400,10 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
     names = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k) and k not in free)
     if names:
         differs = "; ".join(f"{name} was {there.get(name)!r} and is {here.get(name)!r}" for name in names[:3])
-        raise ValueError(f"{folder} holds a run of another configuration ({differs}): choose another output folder")
+        why = " (a schedule other than constant spans the epochs)" if names == ["trainer.epochs"] else ""
+        raise ValueError(
+            f"{folder} holds a run of another configuration ({differs}){why}: choose another output folder"
+        )
 
 
 def keep(folder: Path, config: Mapping[str, Any], data: Any, measured: BandStatistics | None) -> None:
