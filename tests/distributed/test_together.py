@@ -17,11 +17,11 @@ import torch.distributed as dist
 import torchmetrics
 from processes import free_port, run, torchrun
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from victim_ddp import EPOCHS, Augmented, Exact, build, exact_network, failing, network, train
 
 from ununennium.metrics import IoU
-from ununennium.training import Callback, CheckpointCallback, EarlyStoppingCallback, Preempted, Trainer
+from ununennium.training import Callback, CheckpointCallback, EarlyStoppingCallback, NonFiniteError, Preempted, Trainer
 from ununennium.training import distributed as processes_together
 from ununennium.training import trainer as trainer_module
 from ununennium.training.checkpoint import writer
@@ -208,6 +208,26 @@ def stopped_on_an_accelerator(rank, world, folder, place):
 def test_where_the_device_is_not_waited_for_a_vote_counts_a_step_later(tmp_path, place, steps, epochs):
     found = run(3, stopped_on_an_accelerator, tmp_path, None, place, limit=60)
     assert found == [(steps, epochs, epochs)] * 3
+
+
+def spoiled_on_an_accelerator(rank, world):
+    Stepper.looks = property(lambda self: False, lambda self, value: None)  # in this process only
+    images = torch.ones(12, 3, 4, 4)
+    images[world + 1] = math.nan  # the second batch of process 1
+    data = TensorDataset(images, torch.zeros(12, 4, 4, dtype=torch.long))
+    model = nn.Conv2d(3, 2, 1)
+    trainer = Trainer(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), DataLoader(data, 1),
+        distributed=True, device="cpu", progress=False, metrics=[],
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.fit(1)
+    return str(caught.value)
+
+
+def test_where_the_device_is_not_waited_for_the_epochs_end_tells_of_a_bad_loss(tmp_path):
+    for message in run(2, spoiled_on_an_accelerator, tmp_path, limit=60):
+        assert "the loss of epoch 0 was not finite from batch 1 on" in message
 
 
 def test_a_run_killed_after_another_process_has_stopped_it_stays_stopped(tmp_path):

@@ -185,10 +185,7 @@ class Stepper:
                 share = _exact(count, loss.device) / self._unit
                 self._total = self._total + share
                 if closes and not alone:
-                    bad = [
-                        ~loss.isfinite() & (count != 0) for loss, count in self._window
-                    ]  # a mean over nothing is NaN
-                    self._votes = self._group.start_sum([self._total, torch.stack(bad).any()], wishes())
+                    self._votes = self._group.start_sum([self._total, self._has_bad_loss()], wishes())
                 self._precision.scale(loss).backward(share.to(loss.dtype))
         loss = loss.detach()
         self._state.batch += 1
@@ -219,7 +216,7 @@ class Stepper:
             accelerator, where looking would make the device wait, the end of the epoch tells.
         """
         self._state.open_batches = 0
-        bad = self._bad_loss() if self.looks or self._skips else None
+        bad = self._bad_loss() if self._tells_losses else None
         heard: Sequence[float] = ()
         if self._votes is not None:
             num_bad, *heard = self._hear(self._votes()) or [0.0]
@@ -239,7 +236,7 @@ class Stepper:
     def _hear(self, votes: Tensor) -> list[float]:
         """Take over the count of all processes, and return the other sums, once they can be read without waiting."""
         self._total = votes[0] / self._group.size  # by which the reduction of the gradient has divided it already
-        if self.looks or self._skips:
+        if self._tells_losses:
             return list(votes[1:].tolist())
         before, self._heard = self._heard, reader(votes[1:])
         return before() if before is not None else []
@@ -257,6 +254,17 @@ class Stepper:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
+    @property
+    def _tells_losses(self) -> bool:
+        """Whether a loss or gradient that is not finite is told before the step, if need be by waiting for it."""
+        return self.looks or self._skips
+
+    def _has_bad_loss(self) -> Tensor | float:
+        """Tell, without waiting, what `_bad_loss` tells."""
+        if not self._tells_losses:
+            return 0.0
+        return torch.stack([~loss.isfinite() & (count != 0) for loss, count in self._window]).any()
+
     def _bad_loss(self) -> NonFiniteError | None:
         for place, (loss, count) in enumerate(self._window):
             if not math.isfinite(loss) and count != 0:  # a mean over nothing is NaN, and nothing
@@ -272,7 +280,7 @@ class Stepper:
             self.gradient_norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm))
         elif self._skips:
             self.gradient_norm = whole(torch.nn.utils.get_total_norm(self._gradients()))
-        if self._precision.scales or self.gradient_norm is None or not (self.looks or self._skips):
+        if self._precision.scales or self.gradient_norm is None or not self._tells_losses:
             return None  # an overflow of fp16 is the loss scaler's business
         if math.isfinite(self.gradient_norm):
             return None
