@@ -16,7 +16,7 @@ from ununennium import cli
 from ununennium.data import Scene, Window
 from ununennium.models import create_model
 from ununennium.prediction import load_model, predict_scene
-from ununennium.runs import ChipSettings, SceneData, SceneFiles
+from ununennium.runs import ChipSettings, SceneData, SceneFiles, SplitSettings
 from ununennium.training.checkpoint import read
 
 SIZE, CHIP = 128, 32
@@ -165,6 +165,22 @@ def test_validation_scenes_are_read_by_the_training_bands_names(scene):
     assert data.val.bands == ("B4", "B8")
     sums = sum(chip["image"].to(torch.int64).mul(chip["mask"] != 255).sum((1, 2)) for chip in data.val)
     assert sums.tolist() == pixels.astype(np.int64).sum((1, 2)).tolist()  # each pixel once, though 48 divides no 128
+
+
+def test_split_and_chips_agree_on_what_is_unlabelled(scene):
+    with rasterio.open(scene / "label.tif", "r+") as target:
+        values = target.read(1)
+        values[40:60] = 99
+        target.write(values, 1)
+    files = SceneFiles(str(scene / "image.tif"), str(scene / "label.tif"))
+    how = SplitSettings({"train": 0.6, "val": 0.4}, block=CHIP)
+    settings = ChipSettings(
+        [files], split=how, classes={1: "a", 5: "b", 7: "c"}, ignore_index=99, chip_size=CHIP, flips=False
+    )
+    data = SceneData(settings)
+    counted = sum(int((chip["mask"] != 99).sum()) for chips in (data.train, data.val) for chip in chips)
+    assert counted == sum(part["pixels"] for part in data.split.report["parts"].values())
+    assert counted == SIZE * SIZE - 20 * SIZE - 81
 
 
 def test_the_seed_is_that_of_a_network_of_ones_own(scene, monkeypatch):

@@ -95,10 +95,9 @@ def fit(parser: ArgumentParser, options: Namespace) -> None:
         try:
             run.trainer.fit(options.trainer.epochs, resume="auto")
         except KeyboardInterrupt:
-            saved = (run.folder / "checkpoints" / "last").exists()
-            print(
-                f"interrupted; the same command goes on{' from the last checkpoint' if saved else ''}", file=sys.stderr
-            )
+            if run.trainer.rank == 0:
+                saved = " from the last checkpoint" if (run.folder / "checkpoints" / "last").exists() else ""
+                print(f"interrupted; the same command goes on{saved}", file=sys.stderr)
             raise SystemExit(130) from None
     if run.trainer.rank == 0:
         best = run.folder / "checkpoints" / "best"
@@ -143,7 +142,7 @@ def predict(parser: ArgumentParser, options: Namespace) -> None:
     """Run ``ununennium predict``."""
     from ununennium.prediction import predict_scene
 
-    chosen = {name: value for name, value in vars(options).items() if name not in ("checkpoint", "source", "config")}
+    chosen = {name: value for name, value in vars(options).items() if name not in ("checkpoint", "source")}
     sources = options.source.split(",")
     with _errors("predict", 2):
         written = predict_scene(options.checkpoint, sources[0] if len(sources) == 1 else sources, **chosen)

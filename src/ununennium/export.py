@@ -1,7 +1,5 @@
 """A trained model written for use elsewhere, and compared with itself."""
 
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from ununennium.models import RasterModel
 from ununennium.prediction import load_model
 from ununennium.training import export_weights
+from ununennium.training.checkpoint import whole_or_absent
 
 TOLERANCE = 1e-4  # of the largest output
 
@@ -56,9 +55,7 @@ def export_model(checkpoint: str | Path, destination: str | Path, *, size: int =
         return f"written: {destination}, the weights"
     model = load_model(checkpoint)
     images = _noise(model, size)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    aside = destination.with_name(f".tmp-{secrets.token_hex(4)}-{destination.name}")
-    try:
+    with whole_or_absent(destination) as aside:
         outputs = write(model, images, aside)
         with torch.no_grad():
             expected = model(images)
@@ -69,9 +66,6 @@ def export_model(checkpoint: str | Path, destination: str | Path, *, size: int =
                 f"the program's outputs are {distance:.2g} of the largest away from the model's (limit {TOLERANCE}): "
                 "nothing was written"
             )
-        os.replace(aside, destination)
-    finally:
-        aside.unlink(missing_ok=True)
     return f"written: {destination}, whose outputs are {distance:.1g} of the largest away from the model's"
 
 

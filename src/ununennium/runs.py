@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from ununennium.data import BandStatistics, Chips, Scene, band_statistics, block_split
 from ununennium.models import RasterModel, create_model
 from ununennium.training import Callback, CheckpointCallback, EarlyStoppingCallback, LRSchedulerCallback, Trainer
+from ununennium.training.checkpoint import whole_or_absent
 from ununennium.training.checks import resolve_device
 from ununennium.training.distributed import Group, group_on, join
 from ununennium.training.loading import EpochLoader
@@ -40,6 +41,10 @@ class SceneFiles:
     image: str | list[str]
     label: str | None = None
     bands: list[str] | None = None
+
+    def open(self) -> Scene:
+        """Return the scene."""
+        return Scene(self.image, self.label, bands=self.bands)
 
 
 @dataclass
@@ -138,9 +143,11 @@ class SceneData:
                 raise ValueError(
                     f"data.{name} has no label for scene {', '.join(unlabelled)}: give label: FILE for each"
                 )
-        training = [Scene(s.image, s.label, bands=s.bands) for s in settings.scenes]
-        validation = [Scene(s.image, s.label, bands=s.bands) for s in settings.val_scenes or ()]
-        common: dict[str, Any] = {"classes": settings.classes, "ignore_values": settings.ignore_values}
+        training = [files.open() for files in settings.scenes]
+        validation = [files.open() for files in settings.val_scenes or ()]
+        common: dict[str, Any] = {
+            "classes": settings.classes, "ignore_index": settings.ignore_index, "ignore_values": settings.ignore_values,
+        }  # fmt: skip
         self.split = None
         if settings.focus and settings.chips_per_epoch is None:
             raise ValueError("data.focus is for random chips: set data.chips_per_epoch, their number in an epoch")
@@ -153,14 +160,15 @@ class SceneData:
                 training, how.fractions, how.block, buffer=how.buffer, seed=settings.seed, **common
             )
         regions = (None, None) if self.split is None else (self.split["train"], self.split["val"])
-        common |= {"bands": settings.bands, "ignore_index": settings.ignore_index, "fill": settings.fill}
+        common["fill"] = settings.fill
         self.train = Chips(
-            training, settings.chip_size, region=regions[0], length=settings.chips_per_epoch, stride=settings.stride,
-            min_valid=settings.min_valid, focus=settings.focus,
+            training, settings.chip_size, bands=settings.bands, region=regions[0], length=settings.chips_per_epoch,
+            stride=settings.stride, min_valid=settings.min_valid, focus=settings.focus,
             transform=flip if settings.flips else None, **common,
         )  # fmt: skip
-        common["bands"] = self.train.bands  # by name, whatever the order in the files
-        self.val = Chips(validation or training, settings.chip_size, region=regions[1], once=True, **common)
+        self.val = Chips(  # its bands by name, whatever their order in the files
+            validation or training, settings.chip_size, bands=self.train.bands, region=regions[1], once=True, **common
+        )
         workers = settings.num_workers
         self._loading: dict[str, Any] = {
             "batch_size": settings.batch_size, "num_workers": workers, "persistent_workers": workers > 0,
@@ -408,16 +416,14 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 def keep(folder: Path, config: Mapping[str, Any], data: Any, measured: BandStatistics | None) -> None:
     """Keep with a run what it is made of: its configuration, its split, the statistics of its bands."""
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {"config.yaml": yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)}
     if measured is not None:
         texts["statistics.json"] = measured.to_json()
     if getattr(data, "split", None) is not None:
         texts["split.json"] = data.split.to_json()
     for name, text in texts.items():
-        aside = folder / f".{name}.tmp"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, folder / name)
+        with whole_or_absent(folder / name) as aside:
+            aside.write_text(text, encoding="utf-8")
 
 
 def _flat(config: Any, at: str = "") -> dict[str, Any]:

@@ -1,21 +1,48 @@
 """What is kept with a run, as a JSON file."""
 
+import json
 import os
 from abc import ABC, abstractmethod
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+_FORMAT = 1
 
 
 class Saved(ABC):
     """Something that can be written as JSON and made anew of it."""
 
+    _name: ClassVar[str]  # as in "this is no split"
+
     @abstractmethod
-    def to_json(self) -> str:
-        """Return it as JSON."""
+    def _state(self) -> dict[str, Any]:
+        """Return what JSON has to hold."""
 
     @classmethod
     @abstractmethod
+    def _of_state(cls, state: Mapping[str, Any]) -> Self:
+        """Return what ``_state`` described."""
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        return json.dumps({"format": _FORMAT, **self._state()}, allow_nan=False)
+
+    @classmethod
     def from_json(cls, text: str) -> Self:
-        """Return what ``to_json`` wrote."""
+        """Return what ``to_json`` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the text is nothing of the kind.
+        """
+        try:
+            read = json.loads(text)
+            if read["format"] != _FORMAT:
+                raise ValueError(f"its format is {read['format']}, and this version reads {_FORMAT}")
+            return cls._of_state(read)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"{cls._name} that {cls.__name__}.to_json wrote: {error!r}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a JSON file."""

@@ -1,6 +1,5 @@
 """Scenes cut into parts by blocks, so that what a model is judged by is not what it was trained on."""
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,6 @@ from ununennium.data._places import Blocks, Places
 from ununennium.data._saved import Saved
 from ununennium.data._scenes import as_scenes, targets_in
 from ununennium.data.scene import Scene
-
-_FORMAT = 1
 
 
 class Region:
@@ -89,6 +86,8 @@ class Split(Saved, Mapping[str, Region]):
         share of the part's ground that it leaves.
     """
 
+    _name = "this is no split"
+
     def __init__(
         self,
         fractions: Mapping[str, float],
@@ -132,8 +131,7 @@ class Split(Saved, Mapping[str, Region]):
     def __repr__(self) -> str:
         return f"Split({self.fractions}, block={self.block}, buffer={self.buffer}, seed={self.seed})"
 
-    def to_json(self) -> str:
-        """Return the split as JSON."""
+    def _state(self) -> dict[str, Any]:
         lattices = []
         for lattice, parts in self._lattices:
             blocks = {name: np.argwhere(parts == number).tolist() for number, name in enumerate(self)}
@@ -146,45 +144,28 @@ class Split(Saved, Mapping[str, Region]):
                     "blocks": blocks,
                 }
             )
-        return json.dumps(
-            {
-                "format": _FORMAT,
-                "fractions": self.fractions,
-                "block": self.block,
-                "buffer": self.buffer,
-                "seed": self.seed,
-                "report": self.report,
-                "grids": lattices,
-            },
-            allow_nan=False,
-        )
+        return {
+            "fractions": self.fractions,
+            "block": self.block,
+            "buffer": self.buffer,
+            "seed": self.seed,
+            "report": self.report,
+            "grids": lattices,
+        }
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Return the split that ``to_json`` wrote.
-
-        Raises
-        ------
-        ValueError
-            If the text is none.
-        """
-        try:
-            read = json.loads(text)
-            if read["format"] != _FORMAT:
-                raise ValueError(f"its format is {read['format']}, and this version reads {_FORMAT}")
-            lattices = []
-            for each in read["grids"]:
-                image = None if each["image"] is None else tuple(each["image"])
-                height, width = each["shape"]
-                lattice = Lattice(each["crs"], tuple(each["transform"]), (height, width), image)
-                parts = np.full(_num_blocks((height, width), read["block"]), -1, np.int16)
-                for number, name in enumerate(read["fractions"]):
-                    places = np.array(each["blocks"][name], np.int64).reshape(-1, 2)
-                    parts[places[:, 0], places[:, 1]] = number
-                lattices.append((lattice, parts))
-            return cls(read["fractions"], read["block"], read["buffer"], read["seed"], lattices, read["report"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"this is no split that Split.to_json wrote: {error!r}") from error
+    def _of_state(cls, state: Mapping[str, Any]) -> Self:
+        lattices = []
+        for each in state["grids"]:
+            image = None if each["image"] is None else tuple(each["image"])
+            height, width = each["shape"]
+            lattice = Lattice(each["crs"], tuple(each["transform"]), (height, width), image)
+            parts = np.full(_num_blocks((height, width), state["block"]), -1, np.int16)
+            for number, name in enumerate(state["fractions"]):
+                places = np.array(each["blocks"][name], np.int64).reshape(-1, 2)
+                parts[places[:, 0], places[:, 1]] = number
+            lattices.append((lattice, parts))
+        return cls(state["fractions"], state["block"], state["buffer"], state["seed"], lattices, state["report"])
 
 
 def block_split(

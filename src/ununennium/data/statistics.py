@@ -1,8 +1,7 @@
 """What the values of bands are like: mean, standard deviation, range and percentiles, in one pass over rasters."""
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -13,7 +12,6 @@ from ununennium.data._scenes import as_scenes
 from ununennium.data.chips import Chips
 from ununennium.data.scene import Scene
 
-_FORMAT = 1
 _CODES = 2**16
 
 
@@ -39,6 +37,8 @@ class BandStatistics(Saved):
     mean, std, min, max : tuple of float
         By band; std is the population's. NaN without a pixel.
     """
+
+    _name = "these are no statistics"
 
     def __init__(self, bands: Sequence[str], dtype: str) -> None:
         self.bands, self.dtype = tuple(bands), np.dtype(dtype)
@@ -152,42 +152,28 @@ class BandStatistics(Saved):
             lines.append(f"{name:<{wide}}" + "".join(f"{column[band]:>12.6g}" for column in columns.values()))
         return "\n".join(lines)
 
-    def to_json(self) -> str:
-        """Return the statistics, histogram included, as JSON."""
+    def _state(self) -> dict[str, Any]:
         histograms = []
         for counts in self._histogram:
             used = np.flatnonzero(counts)
             first, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
             histograms.append({"first": first, "counts": counts[first:stop].tolist()})
-        state: dict[str, Any] = {"format": _FORMAT, "bands": self.bands, "dtype": self.dtype.name, "count": self.count}
+        state: dict[str, Any] = {"bands": self.bands, "dtype": self.dtype.name, "count": self.count}
         if self.count:  # for people and other programs; only what follows is read back
             state |= {"mean": self.mean, "std": self.std, "min": self.min, "max": self.max}
         if self.count and not self.is_exact:
             state["moments"] = [self._mean.tolist(), self._squares.tolist(), *self._range.tolist()]
-        return json.dumps(state | {"histograms": histograms}, allow_nan=False)
+        return state | {"histograms": histograms}
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Return the statistics that ``to_json`` wrote.
-
-        Raises
-        ------
-        ValueError
-            If the text is none.
-        """
-        try:
-            read = json.loads(text)
-            if read["format"] != _FORMAT:
-                raise ValueError(f"its format is {read['format']}, and this version reads {_FORMAT}")
-            made = cls(read["bands"], read["dtype"])
-            made.count = int(read["count"])
-            for counts, each in zip(made._histogram, read["histograms"], strict=True):
-                counts[each["first"] : each["first"] + len(each["counts"])] = each["counts"]
-            if "moments" in read:
-                mean, squares, smallest, largest = (np.array(row, np.float64) for row in read["moments"])
-                made._mean, made._squares, made._range = mean, squares, np.stack([smallest, largest])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"these are no statistics that BandStatistics.to_json wrote: {error!r}") from error
+    def _of_state(cls, state: Mapping[str, Any]) -> Self:
+        made = cls(state["bands"], state["dtype"])
+        made.count = int(state["count"])
+        for counts, each in zip(made._histogram, state["histograms"], strict=True):
+            counts[each["first"] : each["first"] + len(each["counts"])] = each["counts"]
+        if "moments" in state:
+            mean, squares, smallest, largest = (np.array(row, np.float64) for row in state["moments"])
+            made._mean, made._squares, made._range = mean, squares, np.stack([smallest, largest])
         return made
 
     def _moments(self, band: int) -> tuple[float, float]:

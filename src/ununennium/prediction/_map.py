@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ununennium.data._files import CACHE_BYTES
 from ununennium.training.checkpoint.format import flush
-
-CACHE = 256 << 20  # bytes of decoded blocks that GDAL may hold
 
 _BLOCK = 512
 _ENVI_TYPES = {"uint8": 1, "uint16": 12, "float32": 4}
@@ -207,7 +206,7 @@ def _write_cog(pixels: Pixels, legend: Legend, path: Path, threads: int) -> None
 
     with (
         _without_georeference(),
-        rasterio.Env(GDAL_CACHEMAX=CACHE),
+        rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES),
         rasterio.open(pixels.path, "r+", driver="ENVI") as source,
     ):
         if legend.crs is not None:

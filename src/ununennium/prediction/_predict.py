@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ununennium.data import Scene, Window
+from ununennium.data._files import CACHE_BYTES
 from ununennium.models import RasterModel
 from ununennium.prediction._ahead import Behind, ahead
 from ununennium.prediction._blend import Blend
 from ununennium.prediction._group import all_do, all_run, leader_does
 from ununennium.prediction._legend import class_values, legend_of
-from ununennium.prediction._map import CACHE, Pixels, aside, commit, make_cog
+from ununennium.prediction._map import Pixels, aside, commit, make_cog
 from ununennium.prediction._model import Network, Output, homes_of, in_use, load_model
 from ununennium.prediction._tiles import Tiles, share_of
 from ununennium.training.checkpoint.snapshot import unwrapped
@@ -343,7 +344,7 @@ def _gdal(threads: int) -> Any:
     """Return a context in which GDAL decodes with so many threads, and holds no more than it has to."""
     import rasterio
 
-    return rasterio.Env(GDAL_CACHEMAX=CACHE, GDAL_NUM_THREADS=threads)
+    return rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_NUM_THREADS=threads)
 
 
 def _check(tile: int, overlap: int, batch_size: int, output: str, threads: int | None) -> None:

@@ -219,10 +219,9 @@ def _exists(device: torch.device) -> bool:
     return True
 
 
-def check_transform(name: str, transform: Any) -> Any:
-    """Return a transform of batches; raise if it can't be called, as one of the two sides of a split would."""
-    if transform is None or callable(transform):
-        return transform
-    raise TypeError(
-        f"{name} must be a callable that takes a batch and returns the batch to use, got {describe(transform)}"
-    )
+def check_transform(name: str, transform: Any) -> None:
+    """Raise if a transform of batches can't be called."""
+    if transform is not None and not callable(transform):
+        raise TypeError(
+            f"{name} must be a callable that takes a batch and returns the batch to use, got {describe(transform)}"
+        )

@@ -146,6 +146,8 @@ class Trainer:
         checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         checks.check_list("callbacks", callbacks)
         checks.check_list("metrics", metrics)
+        checks.check_transform("train_transform", train_transform)
+        checks.check_transform("val_transform", val_transform)
         if val_loader is not None:
             checks.check_loader("val_loader", val_loader)
         elif metrics:
@@ -165,8 +167,8 @@ class Trainer:
         self.gradient_clip_norm = gradient_clip_norm
         self.find_unused_params = find_unused_params
         self.on_nonfinite = on_nonfinite
-        self.train_transform = checks.check_transform("train_transform", train_transform)
-        self.val_transform = checks.check_transform("val_transform", val_transform)
+        self.train_transform = train_transform
+        self.val_transform = val_transform
         self.config = None if config is None else dict(config)
         self.precision = Precision(mixed_precision, self.device)
         self.state: TrainState = self._group.of_leader(

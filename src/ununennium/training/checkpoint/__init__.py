@@ -1,7 +1,7 @@
 """Checkpoints: a folder each, whole or absent, in which nothing that is read is executed."""
 
 from ununennium.training.checkpoint.folder import Folder, newest, newest_of
-from ununennium.training.checkpoint.format import Contents, begin, export_weights, read
+from ununennium.training.checkpoint.format import Contents, begin, export_weights, read, whole_or_absent
 from ununennium.training.checkpoint.snapshot import (
     Entry,
     Run,
@@ -33,5 +33,6 @@ __all__ = [
     "of_rank",
     "read",
     "restore",
+    "whole_or_absent",
     "write",
 ]

@@ -6,7 +6,8 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,15 +172,26 @@ def export_weights(path: str | Path, destination: str | Path) -> Path:
     contents = read(path)
     about = {"model": json.dumps(contents.info["model"])} if "model" in contents.info else None
     data = save(contents.model, about)  # create_model(weights=…) finds the bands there
+    with whole_or_absent(destination) as aside:
+        aside.write_bytes(data)
+    return destination
+
+
+@contextmanager
+def whole_or_absent(destination: Path) -> Iterator[Path]:
+    """Yield where to write a file, with the same ending; it takes its place, flushed to disk, if nothing is raised.
+
+    What was there is replaced; the folder is made if need be.
+    """
     os.makedirs(destination.parent, exist_ok=True)
-    aside = destination.parent / f"{ASIDE}{destination.name}-{secrets.token_hex(4)}"
+    aside = destination.parent / f"{ASIDE}{secrets.token_hex(4)}-{destination.name}"
     try:
-        _write(aside, [data])
-        os.rename(aside, destination)
+        yield aside
+        flush(aside)
+        os.replace(aside, destination)
     finally:
         aside.unlink(missing_ok=True)
     flush(destination.parent)
-    return destination
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
