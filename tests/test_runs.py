@@ -136,6 +136,8 @@ def test_started_anew_a_run_goes_on(scene):
 
 def test_a_first_attempt_that_failed_leaves_the_folder_free(scene, capsys):
     assert "B9" in fails(capsys, "fit", "--config", write_config(scene), "--data.bands", "[B9]")
+    (scene / "run").mkdir()
+    (scene / "run" / "config.yaml").write_text("seed: 5")  # of one that ended before its first checkpoint
     run("fit", "--config", write_config(scene), "--trainer.epochs", 1, "--data.bands", "[B8]")
     swapped = '{"5": "crops", "1": "water", "7": "forest"}'  # other targets for the same values
     args = "--data.bands", "[B8]", "--trainer.epochs", 1, "--data.classes", swapped
