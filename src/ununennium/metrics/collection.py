@@ -8,7 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ununennium.metrics.confusion import ConfusionMatrix, ConfusionMetric
+from ununennium.metrics.classification import ConfusionMetric
+from ununennium.metrics.confusion import ConfusionMatrix
 
 
 @runtime_checkable
