@@ -64,6 +64,7 @@ class MetricCollection:
                 matrices[key] = metric.confusion
                 self._sources.append(metric.confusion)
             metric.confusion = matrices[key]
+        self._whole: dict[int, Any] = {}  # what was summed over all processes at the last compute
 
     def __len__(self) -> int:
         return len(self._metrics)
@@ -105,6 +106,7 @@ class MetricCollection:
         whole: dict[int, Any] = {}
         if total is not None:
             whole = {id(s): s.reduced(total) for s in self._sources if hasattr(s, "reduced")}
+        self._whole = whole
         figures: dict[str, float] = {}
         for name, metric in self._metrics.items():
             over_all: Any = whole.get(id(metric), metric)
@@ -112,6 +114,18 @@ class MetricCollection:
                 over_all = metric.over(whole[id(metric.confusion)])
             figures |= _flat(name, over_all.compute(), getattr(metric, "class_names", None))
         return figures
+
+    @property
+    def confusion(self) -> ConfusionMatrix | None:
+        """The first confusion matrix that a metric is read from, of all processes as of the last ``compute``."""
+        own = next((s for s in self._sources if isinstance(s, ConfusionMatrix)), None)
+        return self._whole.get(id(own), own)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes, if a metric knows them."""
+        known: Iterable[list[str] | None] = (getattr(m, "class_names", None) for m in self._metrics.values())
+        return next((names for names in known if names), None)
 
     def check_reducible(self) -> None:
         """Raise for a metric whose figure can't be that of several processes.

@@ -3,8 +3,8 @@
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ununennium.metrics import Metric
+from ununennium.metrics import Metric, MetricCollection
 from ununennium.training import checkpoint, checks
 from ununennium.training.batches import split_batch, to_device
 from ununennium.training.callbacks.base import Callback, CallbackList
@@ -27,6 +27,7 @@ from ununennium.training.precision import Precision
 from ununennium.training.random_state import RandomState, mixed
 from ununennium.training.run_figures import RunFigures
 from ununennium.training.signals import Signals
+from ununennium.training.speed import Speed, Stopwatch
 from ununennium.training.state import TrainState
 from ununennium.training.step import BatchResult, Stepper
 from ununennium.training.targets import check_targets
@@ -105,6 +106,8 @@ class Trainer:
         Number of this process, and how many there are. Process 0 prints and writes.
     clock : float
         Seconds that all processes read alike, as of the last optimizer step.
+    speed : Speed or None
+        How fast the training pass of the last finished epoch went; of a resumed epoch, its rest.
 
     Raises
     ------
@@ -195,6 +198,8 @@ class Trainer:
         self._entry: checkpoint.Entry | None = None  # where the next fit goes on
         self._writer = checkpoint.Writer()
         self._signals = Signals()
+        self._stopwatch = Stopwatch(self.device)
+        self.speed: Speed | None = None
         self._leaving = self._stopping = False  # what several processes have agreed on
         self._leavable = False  # whether a signal may end the validation that is under way
 
@@ -289,11 +294,12 @@ class Trainer:
             for hook in self.callbacks.epoch_start:
                 hook(self, epoch)
         self._stepper.wrap(self._modules(), self.find_unused_params)
+        self._stopwatch.restart()
         batches: Iterable[LoadedBatch] = ()
         if not (self.state.validating or (inside and self.state.stopping)):
             at = self.state.batch, self.state.digest, entry.loader if entry is not None else None
             batches = self._train_batches.epoch(self.state.seed, epoch, *at)
-        for loaded, opens, closes in windows(batches, self.gradient_accumulation_steps):
+        for loaded, opens, closes in windows(self._stopwatch.timed(batches), self.gradient_accumulation_steps):
             index = self.state.batch
             for hook in self.callbacks.batch_start:
                 hook(self, index)
@@ -320,6 +326,7 @@ class Trainer:
                     break
         self.state.validating = True
         logs = self._figures.train.compute(*self._over_processes)
+        self.speed = Speed.together(self._group.gather(self._stopwatch.read()))
         self._check_finite(epoch)
         if self.val_loader is not None:
             self._leavable = self.world_size == 1
@@ -351,9 +358,7 @@ class Trainer:
         if self.val_loader is None:
             raise ValueError("there is nothing to validate on: pass a val_loader to the Trainer")
         self._figures.val.reset()
-        with RandomState.capture().put_back(), modes_restored(*self._modules()):
-            for module in self._modules():
-                module.eval()
+        with self.evaluating():
             for index, loaded in enumerate(self._val_batches.epoch(self.state.seed, epoch=0)):
                 batch = None
                 try:
@@ -367,6 +372,24 @@ class Trainer:
                     self._signals.check()
         self._figures.agree(self._group.gather)
         return self._figures.val.compute(*self._over_processes)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Have model and loss as `validate` has them, for a block of one's own.
+
+        They are in eval mode, with the weights that callbacks would have evaluated (`Callback.evaluation`: averaged
+        ones), without gradients. Afterwards every module's mode, the weights, and the global random generators are as
+        before.
+        """
+        with ExitStack() as after:
+            after.enter_context(RandomState.capture().put_back())
+            after.enter_context(modes_restored(*self._modules()))
+            after.enter_context(torch.no_grad())
+            for context in self.callbacks.evaluation:
+                after.enter_context(context(self))
+            for module in self._modules():
+                module.eval()
+            yield
 
     def compute_loss(self, batch: Any) -> tuple[Tensor, Any, Any]:
         """Return loss, outputs and targets of one batch, in training and in validation.
@@ -495,6 +518,35 @@ class Trainer:
             return len(self._train_batches)
         except TypeError:
             return None
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What the run is set up with, as plain data, for those who write it down."""
+        model, optimizer = self.model, self.optimizer
+        return {
+            "model": getattr(model, "model_config", None) or type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "optimizer": type(optimizer).__name__,
+            "lr": [float(group["lr"]) for group in optimizer.param_groups],
+            "weight_decay": [float(group.get("weight_decay", 0)) for group in optimizer.param_groups],
+            **self._settings(),
+            "epochs": self.epochs,
+            "seed": self.state.seed,
+            "processes": self.world_size,
+            "device": str(self.device),
+            "torch": torch.__version__,
+            "config": self.config,
+        }
+
+    @property
+    def train_metrics(self) -> MetricCollection:
+        """The metrics of the training pass, of this process, so far or of the last one."""
+        return self._figures.train.metrics
+
+    @property
+    def val_metrics(self) -> MetricCollection:
+        """The metrics of the last validation, of all processes."""
+        return self._figures.val.metrics
 
     @property
     def gradient_norm(self) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -59,6 +60,10 @@ class Callback:
         an accelerator wait for it.
         """
 
+    def evaluation(self, trainer: Trainer) -> AbstractContextManager[Any]:
+        """Return the context in which the model is evaluated: that of averaged weights, say, put back at its end."""
+        return nullcontext()
+
     def save(self, trainer: Trainer) -> None:
         """Save the run as it is now; asked of callbacks with ``saves_state`` when a signal ends the run."""
 
@@ -90,8 +95,9 @@ class CallbackList:
         self.train_start, self.epoch_start, self.batch_start, self.batch_end, self.epoch_end, self.train_end = (
             self._overriding(hook) for hook in HOOKS
         )
+        self.evaluation = self._overriding("evaluation")
 
-    def _overriding(self, hook: str) -> list[Callable[..., None]]:
+    def _overriding(self, hook: str) -> list[Callable[..., Any]]:
         methods = [getattr(callback, hook) for callback in self.callbacks]
         return [m for m in methods if getattr(m, "__func__", m) is not getattr(Callback, hook)]
 
