@@ -69,7 +69,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     Named tuples and mappings keep their type, tuples without tensors are passed through.
     """
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value if value.device == device else value.to(device, non_blocking=True)
     if isinstance(value, tuple):
         items = [to_device(v, device) for v in value]
         if all(new is old for new, old in zip(items, value, strict=True)):

@@ -17,7 +17,7 @@ def _alone(value: Any) -> list[Any]:
     return [value]
 
 
-_GATHERED = 64  # batches whose losses are gathered before they are summed, so that a step costs two list appends
+_GATHERED = 64  # batches whose losses are gathered on an accelerator before they are summed
 
 
 class RunningMean:
@@ -41,15 +41,20 @@ class RunningMean:
 
     def __init__(self, finite_only: bool = False) -> None:
         self._finite_only = finite_only
+        self._host = _Sums()
         self._values: list[Tensor] = []
-        self._counts: list[Tensor | int] = []
-        self._sums: Tensor | None = None
-        self._gathered = 0
+        self._counts: list[Tensor | float] = []
+        self._device: Tensor | None = None  # the same three sums, of values on an accelerator
+        self._number = 0
         self.count = 0.0
         self.first_not_finite: int | None = None
 
-    def update(self, value: Tensor, count: Tensor | int) -> None:
+    def update(self, value: Tensor, count: Tensor | float) -> None:
         """Take in a mean, a detached 0-dimensional tensor, over ``count`` targets."""
+        if value.is_cpu:
+            self._host.add(value.item(), count, self._number, self._finite_only)
+            self._number += 1
+            return
         self._values.append(value)
         self._counts.append(count)
         if len(self._values) == _GATHERED:
@@ -59,10 +64,8 @@ class RunningMean:
         """Return the mean, over all processes if ``gather`` asks them; NaN if nothing was counted."""
         if self._values:
             self._gather()
-        all_sums = [sums for sums in gather(None if self._sums is None else self._sums.tolist()) if sums is not None]
-        if not all_sums:
-            return float("nan")
-        totals, counts, bads = zip(*all_sums, strict=True)
+        own = self._host if self._device is None else self._host.and_those(_Sums(*self._device.tolist()))
+        totals, counts, bads = zip(*gather(own.as_tuple()), strict=True)
         total, self.count, bad = math.fsum(totals), math.fsum(counts), min(bads)
         self.first_not_finite = None if math.isinf(bad) else int(bad)
         return total / self.count if self.count else float("nan")
@@ -70,18 +73,20 @@ class RunningMean:
     def state_dict(self) -> dict[str, Any]:
         """Return sums and what is not yet summed, as live tensors: sums in another order would have other bits."""
         return {
+            "host": self._host.as_tuple(),
             "values": list(self._values),
             "counts": list(self._counts),
-            "sums": self._sums,
-            "gathered": self._gathered,
+            "sums": self._device,
+            "gathered": self._number,
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from what ``state_dict`` gave."""
+        self._host = _Sums(*state.get("host", ()))
         self._values = [value.to(device) for value in state["values"]]
         self._counts = [c.to(device) if isinstance(c, Tensor) else c for c in state["counts"]]
-        self._sums = None if state["sums"] is None else state["sums"].to(device)
-        self._gathered = state["gathered"]
+        self._device = None if state["sums"] is None else state["sums"].to(device)
+        self._number = state["gathered"]
 
     def absorb(self, state: dict[str, Any], device: torch.device) -> None:
         """Add the sums of another process."""
@@ -90,29 +95,54 @@ class RunningMean:
         for part in (self, other):
             if part._values:
                 part._gather()
-        if self._sums is None or other._sums is None:
-            self._sums = other._sums if self._sums is None else self._sums
+        self._host = self._host.and_those(other._host)
+        if self._device is None or other._device is None:
+            self._device = other._device if self._device is None else self._device
         else:
-            both = self._sums + other._sums
-            self._sums = torch.stack([both[0], both[1], torch.minimum(self._sums[2], other._sums[2])])
+            both = self._device + other._device
+            self._device = torch.stack([both[0], both[1], torch.minimum(self._device[2], other._device[2])])
 
     def _gather(self) -> None:
         device = self._values[0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         values = torch.stack(self._values).to(dtype)
-        counts = torch.stack([c if isinstance(c, Tensor) else torch.tensor(c) for c in self._counts])
+        counts = torch.stack([c if isinstance(c, Tensor) else torch.tensor(c, dtype=dtype) for c in self._counts])
         counts = counts.to(device=device, dtype=dtype, non_blocking=True)
-        numbers = torch.arange(self._gathered, self._gathered + len(values), device=device)
+        numbers = torch.arange(self._number, self._number + len(values), device=device)
         finite = values.isfinite()
         bad = torch.where((counts > 0) & ~finite, numbers, torch.inf).min().to(dtype)
         if self._finite_only:
             counts = torch.where(finite, counts, 0)
         total, count = torch.where(counts > 0, values * counts, 0).sum(), counts.sum()
-        if self._sums is not None:
-            total, count, bad = total + self._sums[0], count + self._sums[1], torch.minimum(bad, self._sums[2])
-        self._sums = torch.stack([total, count, bad])
-        self._gathered += len(values)
+        if self._device is not None:
+            total, count, bad = total + self._device[0], count + self._device[1], torch.minimum(bad, self._device[2])
+        self._device = torch.stack([total, count, bad])
+        self._number += len(values)
         self._values, self._counts = [], []
+
+
+class _Sums:
+    """The sum of values times their counts, that of the counts, and the number of the first value not finite."""
+
+    def __init__(self, total: float = 0.0, count: float = 0.0, bad: float = math.inf) -> None:
+        self.total, self.count, self.bad = total, count, bad
+
+    def add(self, value: float, count: Tensor | float, number: int, finite_only: bool) -> None:
+        count = float(count)
+        if not count > 0:
+            return
+        if not math.isfinite(value):
+            self.bad = min(self.bad, number)
+            if finite_only:
+                return
+        self.total += value * count
+        self.count += count
+
+    def and_those(self, other: "_Sums") -> "_Sums":
+        return _Sums(self.total + other.total, self.count + other.count, min(self.bad, other.bad))
+
+    def as_tuple(self) -> tuple[float, float, float]:
+        return self.total, self.count, self.bad
 
 
 class Figures:

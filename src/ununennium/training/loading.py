@@ -234,12 +234,21 @@ class EpochLoader:
     def _mapped(self) -> Iterator[LoadedBatch]:
         assert self._twin is not None
         assert self._order is not None
-        for batch in self._twin:
+        source: Iterable[Any] = self._twin
+        if self._is_plain:
+            source = map(self._twin.dataset.__getitems__, self._order)  # type: ignore[attr-defined]
+        for batch in source:
             if not self._order.drawn:
                 raise self._not_one_to_one()
             yield LoadedBatch(batch, *self._order.drawn.popleft())
         if self._order.drawn:
             raise self._not_one_to_one()
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the twin would do nothing but ask its dataset for each batch, in this process."""
+        loader: Any = self._twin
+        return not (loader.num_workers or loader.pin_memory) and type(loader).__iter__ is DataLoader.__iter__
 
     def _not_one_to_one(self) -> ValueError:
         return ValueError(
@@ -588,6 +597,8 @@ def _seed(key: Key) -> int:
 
 def _text(indices: Any) -> bytes:
     """Return what is hashed of indices: their values, of objects without a value of their own nothing but the type."""
+    if type(indices) is list and set(map(type, indices)) == {int}:
+        return repr(indices).encode()
     if isinstance(indices, (int, float, str, bytes, slice, np.generic, type(None))):
         return repr(indices).encode()
     if isinstance(indices, (list, tuple)):

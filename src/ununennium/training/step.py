@@ -3,7 +3,6 @@
 import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +24,14 @@ class BatchResult(NamedTuple):
     ----------
     loss : Tensor
         The mean, 0-dimensional, detached, on the device.
-    num_targets : Tensor or int
+    num_targets : Tensor or float
         What it is a mean over.
     outputs, targets : Any
         What the metrics compare.
     """
 
     loss: Tensor
-    num_targets: Tensor | int
+    num_targets: Tensor | float
     outputs: Any
     targets: Any
 
@@ -103,9 +102,10 @@ class Stepper:
         self._buffers: list[Tensor] = []
         self._before: list[Tensor] = []
         self._others: list[Tensor] = []
-        self._window: list[tuple[Tensor, Tensor | int]] = []
+        self._window: list[tuple[Tensor, Tensor | float]] = []
         self._votes: Callable[[], Tensor] | None = None
         self._heard: Callable[[], list[float]] | None = None
+        self._one = torch.ones(())
         self._unit = 1
         self._total: Tensor | float = 0.0
 
@@ -152,7 +152,9 @@ class Stepper:
             ``wishes()`` gives numbers to be summed over the processes with the last batch, in the one vote that a
             window needs anyhow: cast before going backward, it is there when the gradient is.
         """
-        with nullcontext() if closes else self._group.gathering(self._forward):
+        if closes:
+            return self._train(batch, opens, closes, counts, wishes)
+        with self._group.gathering(self._forward):
             return self._train(batch, opens, closes, counts, wishes)
 
     def _train(
@@ -168,9 +170,12 @@ class Stepper:
             if self._buffers:
                 self._before = [buffer.clone() for buffer in self._buffers]
         with self._precision.autocast():
-            loss, outputs, targets = self._forward(batch)
+            mean, outputs, targets = self._forward(batch)
         count = self._count(outputs, targets, batch) if counts else 0
-        self._window.append((loss.detach(), count))
+        if self.looks and isinstance(count, Tensor):
+            count = count.item()
+        loss = mean.detach()
+        self._window.append((loss, count))
         alone = self._group.size == 1
         if alone and self.looks and not count:
             self._add_nothing()
@@ -178,7 +183,7 @@ class Stepper:
             if not self.looks or not alone:
                 _block_empty(outputs, count)
             if alone and opens and closes:
-                self._precision.scale(loss).backward()
+                self._backward(mean, None)
             else:
                 if opens:
                     self._unit = self._unit_of(targets)
@@ -186,11 +191,17 @@ class Stepper:
                 self._total = self._total + share
                 if closes and not alone:
                     self._votes = self._group.start_sum([self._total, self._has_bad_loss()], wishes())
-                self._precision.scale(loss).backward(share.to(loss.dtype))
-        loss = loss.detach()
+                self._backward(mean, share.to(loss.dtype))
         self._state.batch += 1
         self._state.open_batches += 1
         return BatchResult(loss, count, outputs.detach() if isinstance(outputs, Tensor) else outputs, targets)
+
+    def _backward(self, mean: Tensor, share: Tensor | None) -> None:
+        if share is None:
+            share = self._one
+            if share.dtype != mean.dtype or share.device != mean.device:
+                share = self._one = torch.ones_like(mean, requires_grad=False)
+        self._precision.scale(mean).backward(share)  # given none, PyTorch makes a tensor of one each time
 
     def _unit_of(self, targets: Any) -> int:
         unit = max(targets.numel(), 1) if isinstance(targets, Tensor) else 1
@@ -325,7 +336,7 @@ class Stepper:
         return error
 
 
-def _block_empty(outputs: Any, count: Tensor | int) -> None:
+def _block_empty(outputs: Any, count: Tensor | float) -> None:
     """Let no gradient into the model if the batch holds no target, without waiting to know whether it does."""
     if not isinstance(outputs, Tensor) or not outputs.requires_grad:
         return
@@ -335,7 +346,7 @@ def _block_empty(outputs: Any, count: Tensor | int) -> None:
         outputs.register_hook(torch.zeros_like)
 
 
-def _exact(count: Tensor | int, device: torch.device) -> Tensor:
+def _exact(count: Tensor | float, device: torch.device) -> Tensor:
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if isinstance(count, Tensor):
         return count.to(device=device, dtype=dtype)

@@ -5,6 +5,7 @@ from functools import partial
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,7 +42,7 @@ def windows(batches: Iterable[Any], size: int) -> Iterator[tuple[Any, bool, bool
         batch = next(iterator, end) if full else following
 
 
-Count = Callable[[Any, Any, Any], Tensor | int]
+Count = Callable[[Any, Any, Any], Tensor | float]
 
 
 def target_counter(loss_fn: Any) -> Count:
@@ -69,12 +70,19 @@ def target_counter(loss_fn: Any) -> Count:
     if not isinstance(ignore_index, Integral):
         return lambda outputs, targets, batch: num_samples(batch)
 
-    def count_valid(outputs: Any, targets: Any, batch: Any) -> Tensor | int:
+    ignore_index = int(ignore_index)
+    weighted = loss_setting(loss_fn, "weight") is not None
+
+    def count_valid(outputs: Any, targets: Any, batch: Any) -> Tensor | float:
         if not isinstance(targets, Tensor) or targets.is_floating_point():
             return num_samples(batch)  # class probabilities: nothing is ignored
+        if targets.is_cpu and not weighted:
+            if targets.ndim == 1:
+                return targets.numel() - targets.tolist().count(ignore_index)
+            return int(np.count_nonzero(targets.numpy() != ignore_index))  # a fraction of what operators take
         labels: Tensor = targets.long()  # before comparing: among uint8 an ignore_index of -100 is 156
-        valid = labels.ne(int(ignore_index))
-        weight = loss_setting(loss_fn, "weight")
+        valid = labels.ne(ignore_index)
+        weight = loss_setting(loss_fn, "weight") if weighted else None
         if not isinstance(weight, Tensor):
             return valid.sum()
         return (weight.to(labels.device)[torch.where(valid, labels, 0)] * valid).sum()
