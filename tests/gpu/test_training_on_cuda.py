@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ununennium.training import Callback, CheckpointCallback, Trainer
+from ununennium.training.loading import EpochLoader
+from ununennium.training.transfer import Transfer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -87,3 +90,39 @@ def test_a_world_of_one_under_torchrun_with_nccl_gives_what_one_process_gives(tm
         float(word) for line in found.stdout.splitlines() if line.startswith("losses") for word in line.split()[1:]
     ]
     assert losses == pytest.approx(make(mixed_precision="bf16").fit(2)["train_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_from_pinned_memory_whatever_the_loader_says(workers):
+    loader = DataLoader(data(), 4, num_workers=workers)
+    batches = EpochLoader(loader, 0, pins=True).epoch(1, 0)
+    assert all(tensor.is_pinned() for loaded in batches for tensor in loaded.batch)
+    assert not loader.pin_memory
+
+
+def test_batches_that_are_copied_beside_the_computation_arrive_whole():
+    transfer = Transfer(torch.device("cuda"))
+    images = torch.arange(2**22, dtype=torch.float32).pin_memory()
+    weights = torch.randn(2048, 2048, device="cuda")
+    for number in range(30):
+        for _ in range(4):
+            weights = (weights @ weights).clamp(-1, 1)  # the device has more to do than the host
+        moved = transfer({"image": images + number, "more": [images[:7]]})
+        assert torch.equal(moved["image"].cpu(), images + number)
+        assert moved["more"][0].is_cuda
+
+
+def test_a_device_that_is_kept_waiting_is_seen():
+    class Slow(TensorDataset):
+        def __getitem__(self, index):
+            time.sleep(0.02)
+            return super().__getitem__(index)
+
+    trainer = make()
+    trainer._train_batches.loader.dataset.__class__ = Slow
+    trainer.fit(1)
+    assert trainer.speed.data_wait > 0.3
+
+
+def test_compiled_the_losses_are_the_same():
+    assert make(compile=True).fit(2)["train_loss"] == pytest.approx(make().fit(2)["train_loss"], rel=1e-2)

@@ -466,7 +466,7 @@ def test_a_step_without_targets_counts_samples(make_model, make_data):
     assert history["train_loss"][0] == pytest.approx(float((model(images) - images).pow(2).mean().detach()), rel=1e-12)
 
 
-def test_no_item_is_read_in_a_step(make_model, loader, monkeypatch):
+def test_no_item_is_read_in_a_step(make_model, loader, monkeypatch, as_on_an_accelerator):
     item = torch.Tensor.item
 
     class Guard(Callback):  # from one hook to the other, so that the loader may do as it likes

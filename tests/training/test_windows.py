@@ -177,8 +177,8 @@ def test_without_accumulation_the_steps_are_a_hand_written_loops_bit_for_bit(mak
     loss_fn = nn.CrossEntropyLoss(ignore_index=IGNORE)
     loader = DataLoader(data, batch_size=2)
     trainer, _, _ = run(make_model(), loss_fn, loader, epochs=2)
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model = make_model().to(memory_format=torch.channels_last)  # the Trainer's levers, pulled by hand
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     for _ in range(2):
         for images, masks in loader:
             optimizer.zero_grad()
@@ -274,12 +274,14 @@ class NoSynchronisation(TorchDispatchMode):
     "loss_fn", [nn.CrossEntropyLoss(ignore_index=IGNORE), DiceLoss(ignore_index=IGNORE), nn.MSELoss()]
 )
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_on_an_accelerator_no_step_waits_for_the_device(make_model, make_data, monkeypatch, loss_fn, accumulation):
+def test_on_an_accelerator_no_step_waits_for_the_device(
+    make_model, make_data, monkeypatch, as_on_an_accelerator, loss_fn, accumulation
+):
     """Run on the CPU with the looking left out, which only a CPU does."""
     data = make_data(samples=8, ignored=0.5)
     if isinstance(loss_fn, nn.MSELoss):
         data.tensors = (data.tensors[0], torch.randn(8, 4, 6, 6, dtype=torch.float64))
-    begin, train, step = Stepper.begin, Stepper.train, Stepper.step
+    train, step = Stepper.train, Stepper.step
 
     def guarded(function):
         def call(*args):
@@ -290,7 +292,6 @@ def test_on_an_accelerator_no_step_waits_for_the_device(make_model, make_data, m
         return call
 
     calls = []  # the first batch is looked at by DiceLoss, once
-    monkeypatch.setattr(Stepper, "begin", lambda self, *p: begin(self, *p) or setattr(self, "looks", False))
     monkeypatch.setattr(Stepper, "train", guarded(train))
     monkeypatch.setattr(Stepper, "step", guarded(step))
     run(make_model(), loss_fn, DataLoader(data, batch_size=2), accumulation, gradient_clip_norm=1.0)

@@ -63,6 +63,11 @@ def _a(noun: str) -> str:
     return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
+def is_on_host(tensor: Tensor) -> bool:
+    """Tell whether reading a tensor as numbers waits for no device."""
+    return tensor.is_cpu
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Move the tensors in nested tuples, lists and mappings; everything else is passed through as it is.
 

@@ -1,7 +1,7 @@
 """Arguments that can't be right, found before the first step."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -63,8 +63,24 @@ def check_distributed(distributed: Any, backend: Any, sync_batchnorm: bool) -> N
         raise ValueError(f"{name} is for several processes: use it with distributed=True, or leave it out")
 
 
-def check_sharding(loss_fn: Any, scales: bool) -> None:
+def check_compile(compiles: Any, channels_last: Any) -> None:
+    """Raise unless ``compile`` is a bool or a mapping, and ``channels_last`` a bool or None."""
+    if not isinstance(compiles, (bool, Mapping)):
+        raise TypeError(
+            f"compile must be True, False or a mapping of torch.nn.Module.compile's arguments, such as "
+            f'{{"mode": "max-autotune"}}; got {compiles!r}'
+        )
+    if not (channels_last is None or isinstance(channels_last, bool)):
+        raise TypeError(f"channels_last must be True, False or None (where it fits), got {channels_last!r}")
+
+
+def check_sharding(loss_fn: Any, scales: bool, channels_last: bool | None) -> None:
     """Raise for what sharded training can't do."""
+    if channels_last:
+        raise ValueError(
+            'distributed="fsdp" cuts parameters along their first dimension and keeps no memory format: leave '
+            "channels_last out, or use distributed=True"
+        )
     if scales:
         raise ValueError(
             'distributed="fsdp" and fp16: the loss scaler would judge each process\'s shard by itself, and processes '

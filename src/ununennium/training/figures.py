@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ununennium.metrics import MetricCollection
+from ununennium.training.batches import is_on_host
 from ununennium.training.step import BatchResult
 
 Gather = Callable[[Any], list[Any]]
@@ -51,7 +52,7 @@ class RunningMean:
 
     def update(self, value: Tensor, count: Tensor | float) -> None:
         """Take in a mean, a detached 0-dimensional tensor, over ``count`` targets."""
-        if value.is_cpu:
+        if is_on_host(value):
             self._host.add(value.item(), count, self._number, self._finite_only)
             self._number += 1
             return

@@ -104,6 +104,9 @@ class EpochLoader:
     pads : bool, default True
         Give a process whose share is empty a sample of another, so that all run through as many batches; else it has
         fewer.
+    pins : bool, default False
+        Have batches in pinned memory, whatever the user's loader says, so that copying them to the device waits for
+        nothing.
 
     Raises
     ------
@@ -112,7 +115,15 @@ class EpochLoader:
         dataset, whose shares nobody can cut.
     """
 
-    def __init__(self, loader: Iterable[Any], stream: int, rank: int = 0, size: int = 1, pads: bool = True) -> None:
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        stream: int,
+        rank: int = 0,
+        size: int = 1,
+        pads: bool = True,
+        pins: bool = False,
+    ) -> None:
         self.loader = loader
         self._rank, self._size, self._pads = rank, size, pads
         self._stream = stream
@@ -139,6 +150,7 @@ class EpochLoader:
             "generator": torch.Generator(),
             "worker_init_fn": _InitWorker(loader.worker_init_fn, mapped),
             "_iterator": None,
+            "pin_memory": pins or loader.pin_memory,
         }
         if mapped:
             batched = loader.batch_sampler is not None

@@ -21,6 +21,7 @@ from ununennium.training.callbacks.progress import ProgressCallback
 from ununennium.training.distributed import group_on, join
 from ununennium.training.errors import CheckpointError, NonFiniteError, ProcessError
 from ununennium.training.explain import explain
+from ununennium.training.levers import Levers, fuse
 from ununennium.training.loading import EpochLoader, LoadedBatch
 from ununennium.training.modes import Modes, modes_restored
 from ununennium.training.precision import Precision
@@ -31,6 +32,7 @@ from ununennium.training.speed import Speed, Stopwatch
 from ununennium.training.state import TrainState
 from ununennium.training.step import BatchResult, Stepper
 from ununennium.training.targets import check_targets
+from ununennium.training.transfer import Transfer
 from ununennium.training.windows import loss_setting, target_counter, windows
 
 
@@ -42,7 +44,8 @@ class Trainer:
     model : nn.Module
         Moved to the device, in place. Modules put in eval mode before (a frozen BatchNorm) stay in it.
     optimizer : torch.optim.Optimizer
-        Over parameters of the model.
+        Over parameters of the model. Adam, AdamW and SGD that were given neither ``fused`` nor ``foreach`` step in one
+        fused kernel.
     loss_fn : callable
         ``loss_fn(outputs, targets)`` gives a mean, a scalar. What it is a mean over decides what a batch counts for:
         asked are a method ``target_count(outputs, targets)``, an ``ignore_index`` (with class weights, if there are
@@ -89,6 +92,14 @@ class Trainer:
         ``transform(batch)`` returns the batch to use, called once a batch on the device: augmentation and
         normalisation of whole batches, such as Kornia's. What the training one draws from the global generators goes
         on exactly when a run is resumed.
+    channels_last : bool, optional
+        Keep the model's convolution weights, and with them what it computes, with the channels last in memory, which
+        convolutions are quickest on. By default where the model has 2-D convolutions and can work on that (a first
+        batch tells; sharded models can't). The numbers are the same up to rounding, but dropout draws other masks.
+    compile : bool or mapping, default False
+        Compile the model, in place, with `torch.nn.Module.compile`, and the loss if it is a module with a ``compile``
+        of its own (`DiceLoss`). A mapping holds the arguments. It takes from seconds to minutes at the first batch; if
+        it fails, a warning says why and the model is run as it is.
     progress : bool, default True
         Show a progress bar and a table of epochs.
     config : mapping, optional
@@ -137,6 +148,8 @@ class Trainer:
         sync_batchnorm: bool = False,
         train_transform: Callable[[Any], Any] | None = None,
         val_transform: Callable[[Any], Any] | None = None,
+        channels_last: bool | None = None,
+        compile: bool | Mapping[str, Any] = False,  # noqa: A002 - as torch calls it
         progress: bool = True,
         config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -149,6 +162,7 @@ class Trainer:
         checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         checks.check_list("callbacks", callbacks)
         checks.check_list("metrics", metrics)
+        checks.check_compile(compile, channels_last)
         checks.check_transform("train_transform", train_transform)
         checks.check_transform("val_transform", val_transform)
         if val_loader is not None:
@@ -183,12 +197,15 @@ class Trainer:
         shows = progress and self._group.leads and not any(isinstance(c, ProgressCallback) for c in given)
         self.callbacks = CallbackList([*given, *([ProgressCallback()] if shows else [])])
         share = self.rank, self.world_size
-        self._train_batches = EpochLoader(train_loader, 0, *share)
+        pins = self.device.type == "cuda"
+        self._train_batches = EpochLoader(train_loader, 0, *share, pins=pins)
         sharded = distributed == "fsdp"  # whose forward is a matter of all, validation included
-        self._val_batches = EpochLoader(() if val_loader is None else val_loader, 1, *share, pads=sharded)
+        self._val_batches = EpochLoader(() if val_loader is None else val_loader, 1, *share, pads=sharded, pins=pins)
+        fuse(optimizer, self.model)
         if sharded:
-            checks.check_sharding(loss_fn, self.precision.scales)
+            checks.check_sharding(loss_fn, self.precision.scales, channels_last)
             self._group.shard(self.model, optimizer, self.precision.dtype)
+        self._levers = Levers(self.model, self.loss_fn, False if sharded else channels_last, compile)
         self._stepper = Stepper(
             self.compute_loss, target_counter(loss_fn), optimizer, self.precision, gradient_clip_norm, self.state,
             self._group, gradient_accumulation_steps, skips=on_nonfinite == "skip",
@@ -199,6 +216,7 @@ class Trainer:
         self._writer = checkpoint.Writer()
         self._signals = Signals()
         self._stopwatch = Stopwatch(self.device)
+        self._transfer = Transfer(self.device)
         self.speed: Speed | None = None
         self._leaving = self._stopping = False  # what several processes have agreed on
         self._leavable = False  # whether a signal may end the validation that is under way
@@ -306,7 +324,8 @@ class Trainer:
             batch = None
             try:
                 batch = self._prepare(loaded.batch, True)
-                result = self._stepper.train(batch, opens, closes, loaded.counts, self._wishes)
+                train = self._levers.guarded(self._stepper.train) if True in self._unseen else self._stepper.train
+                result = train(batch, opens, closes, loaded.counts, self._wishes)
                 self._observe(result, True, loaded.counts)
             except Exception as error:
                 if self._group.lost(error) is None:
@@ -363,7 +382,8 @@ class Trainer:
                 batch = None
                 try:
                     batch = self._prepare(loaded.batch, False)
-                    result = self._stepper.evaluate(batch)
+                    evaluate = self._stepper.evaluate
+                    result = (self._levers.guarded(evaluate) if False in self._unseen else evaluate)(batch)
                     self._observe(result, False, loaded.counts)
                 except Exception as error:
                     self._explain(error, batch, f"validation batch {index}")
@@ -699,7 +719,7 @@ class Trainer:
     def _prepare(self, batch: Any, training: bool) -> Any:
         """Return what a loader gave as the step takes it."""
         transform = self.train_transform if training else self.val_transform
-        batch = to_device(batch, self.device)
+        batch = self._transfer(batch)
         return batch if transform is None else transform(batch)
 
     def _explain(self, error: Exception, batch: Any, place: str) -> None:

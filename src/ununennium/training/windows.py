@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ununennium.training.batches import num_samples
+from ununennium.training.batches import is_on_host, num_samples
 
 
 def windows(batches: Iterable[Any], size: int) -> Iterator[tuple[Any, bool, bool]]:
@@ -76,7 +76,7 @@ def target_counter(loss_fn: Any) -> Count:
     def count_valid(outputs: Any, targets: Any, batch: Any) -> Tensor | float:
         if not isinstance(targets, Tensor) or targets.is_floating_point():
             return num_samples(batch)  # class probabilities: nothing is ignored
-        if targets.is_cpu and not weighted:
+        if is_on_host(targets) and not weighted:
             if targets.ndim == 1:
                 return targets.numel() - targets.tolist().count(ignore_index)
             return int(np.count_nonzero(targets.numpy() != ignore_index))  # a fraction of what operators take
