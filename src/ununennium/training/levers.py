@@ -78,7 +78,7 @@ class Levers:
     def _uncompile(self) -> None:
         for module in (self._model, self._loss_fn):
             if isinstance(module, nn.Module):
-                module._compiled_call_impl = None  # type: ignore[assignment]
+                module._compiled_call_impl = None
 
 
 def fuse(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
