@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.bench-ready
 
-.PHONY: demo test soak check format bench clean
+.PHONY: demo test soak check format bench bench-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ununennium needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ...")'
@@ -33,13 +34,15 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## import, loop, data order, checkpoints, processes, chips and maps against peers in the same run
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/data_order.py
-	$(BIN)/python benchmarks/checkpoints.py
-	$(BIN)/python benchmarks/distributed.py
-	$(BIN)/python benchmarks/chips.py
-	$(BIN)/python benchmarks/prediction.py
+$(PEERS): $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[bench,demo,dev]'
+	touch $@
+
+bench: $(PEERS)  ## against peers and loops by hand, in one run: prints, and writes benchmarks/results/cpu.md and .json
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-gpu: $(PEERS)  ## the same on one CUDA GPU, to benchmarks/results/gpu.md and .json
+	$(BIN)/python benchmarks/run.py --only gpu --keep $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist

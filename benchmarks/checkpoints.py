@@ -1,8 +1,7 @@
 """What a checkpoint in the background costs: inside `Trainer.save`, in throughput while it is written, and in memory.
 
-Run with ``make bench``. Peer is ``torch.save`` of the same state, which neither flushes to disk nor computes a digest.
-Rounds are interleaved, the minimum counts, and the maximum shows the noise: another process on the same cores raises it
-to a second. Files go to a temporary folder (``TMPDIR`` chooses the disk), which is deleted at the end.
+U-Net ResNet-50 with AdamW. Peer is ``torch.save`` of the same state, which neither flushes to disk nor computes a
+digest. Files go to a temporary folder (``TMPDIR`` chooses the disk), which is deleted at the end.
 """
 
 import tempfile
@@ -14,11 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from _timing import Row, Timing, main, row, timed
 from ununennium.models import create_model
 from ununennium.training import Trainer, checkpoint
 
 BUDGET, ROUNDS, STEPS = 35, (3, 12), 24  # seconds for the rounds of one table; their least and greatest number
-LIMIT = 0.25
+PART, LIMIT = "checkpoints", 0.25
+PEER, INSIDE, FIRST = "torch.save", "inside Trainer.save(wait=False)", "inside the first, memory not prepared"
+PREPARE, WRITTEN, READ = "prepare_save", "from save to committed, idle", "read and verified"
+ALONE = f"{STEPS} steps of a small network"
+WITH_OURS, WITH_PEER = f"{ALONE} with one Trainer.save", f"{ALONE} with one torch.save"
+COMMITTED = "from save to committed, training"
 
 Times = dict[str, list[float]]
 
@@ -112,24 +117,22 @@ def memory(big: Big) -> tuple[float, float]:
 
 
 def saving(big: Big) -> Times:
-    times: Times = {
-        name: [] for name in ("torch.save", "Trainer.save", "first save", "prepare_save", "written", "read")
-    }
+    times: Times = {name: [] for name in (PEER, INSIDE, FIRST, PREPARE, WRITTEN, READ)}
     prepared = big.trainer()
     prepared.prepare_save()
     for _ in rounds():
         empty(big.folder)
-        times["torch.save"].append(big.torch_save())
+        times[PEER].append(big.torch_save())
         empty(big.folder)
         saved = big.save(prepared).wait()
-        times["Trainer.save"].append(saved.inside)
-        times["written"].append(saved.committed)
-        times["read"].append(seconds(lambda path=saved.path: checkpoint.read(path)))
+        times[INSIDE].append(saved.inside)
+        times[WRITTEN].append(saved.committed)
+        times[READ].append(timed(lambda path=saved.path: checkpoint.read(path)))
         empty(big.folder)
         unprepared = big.trainer()
-        times["first save"].append(big.save(unprepared).wait().inside)
+        times[FIRST].append(big.save(unprepared).wait().inside)
         del unprepared  # and its memory
-        times["prepare_save"].append(seconds(big.trainer().prepare_save))
+        times[PREPARE].append(timed(big.trainer().prepare_save))
     return times
 
 
@@ -154,7 +157,7 @@ def loop() -> Callable[[], None]:
 
 def throughput(big: Big) -> Times:
     """Time a training loop alone, and with a save of the big state that begins with it."""
-    times: Times = {name: [] for name in ("alone", "Trainer.save", "torch.save", "written")}
+    times: Times = {name: [] for name in (ALONE, WITH_OURS, WITH_PEER, COMMITTED)}
     steps, trainer = loop(), big.trainer()
     trainer.prepare_save()
     steps()
@@ -169,50 +172,31 @@ def throughput(big: Big) -> Times:
     saved: Saving | None = None
     for _ in rounds():
         empty(big.folder)
-        times["alone"].append(seconds(steps))
-        times["Trainer.save"].append(seconds(save_and_step))
+        times[ALONE].append(timed(steps))
+        times[WITH_OURS].append(timed(save_and_step))
         assert saved is not None
-        times["written"].append(saved.wait().committed)
+        times[COMMITTED].append(saved.wait().committed)
         empty(big.folder)
-        times["torch.save"].append(seconds(lambda: (big.torch_save(), steps())))
+        times[WITH_PEER].append(timed(lambda: (big.torch_save(), steps())))
     return times
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def line(name: str, times: list[float]) -> str:
-    return f"{name:38} {min(times) * 1e3:7.1f} ms at best, {max(times) * 1e3:7.1f} at worst"
-
-
-def main() -> None:
+def measure() -> list[Row]:
+    rows = []
     with tempfile.TemporaryDirectory(prefix="ununennium-bench-") as folder:
         big = Big(Path(folder))
-        tensors, threads = big.tensors(), torch.get_num_threads()
-        size = sum(t.numel() * t.element_size() for t in tensors) / 1e6
-        print(f"U-Net ResNet-50 and AdamW: {size:.0f} MB in {len(tensors)} tensors; {threads} threads")
+        size = sum(t.numel() * t.element_size() for t in big.tensors()) / 1e6
+        rows.append(Row(PART, "size of the state", size, "MB", None, None, None, None))
         if Path("/proc/self/clear_refs").exists():
             peak, kept = memory(big)
-            print(f"{'memory':38} {peak:7.0f} MB more at the peak of a first save, {kept:.0f} kept for the next")
-        times = saving(big)
-        ratio = min(times["Trainer.save"]) / min(times["torch.save"])
-        print(line("torch.save", times["torch.save"]))
-        print(f"{line('inside Trainer.save(wait=False)', times['Trainer.save'])}, {ratio:.3f} of torch.save", end="")
-        print(f" (limit {LIMIT}{'' if ratio <= LIMIT else ': EXCEEDED'})")
-        print(line("inside the first, memory not prepared", times["first save"]))
-        print(line("prepare_save", times["prepare_save"]))
-        print(line("from save to committed, idle", times["written"]))
-        print(line("read and verified", times["read"]))
-        times = throughput(big)
-        alone = min(times["alone"])
-        print(line(f"{STEPS} steps of a small network", times["alone"]))
-        for name in ("Trainer.save", "torch.save"):
-            print(f"{line(f'with one {name}', times[name])}, {(min(times[name]) - alone) * 1e3:.0f} ms lost")
-        print(line("from save to committed, training", times["written"]))
+            rows.append(Row(PART, "more memory at the peak of a first save", peak, "MB", None, None, None, None))
+            rows.append(Row(PART, "kept of it for the next", kept, "MB", None, None, None, None))
+        timings = {name: Timing.of(times) for name, times in saving(big).items()}
+        for name in timings:
+            rows.append(row(PART, name, timings, *((PEER, LIMIT) if name == INSIDE else ())))
+        timings = {name: Timing.of(times) for name, times in throughput(big).items()}
+    return rows + [row(PART, name, timings, None if name in (ALONE, COMMITTED) else ALONE) for name in timings]
 
 
 if __name__ == "__main__":
-    main()
+    main(PART, measure)

@@ -1,30 +1,25 @@
 """Chips a second of `Chips` against TorchGeo's `RasterDataset` with `RandomGeoSampler`, on the same files.
 
-Run with ``make bench``. A scene of twelve bands of 2048² pixels, uint16 in a tiled GeoTIFF, as it is and deflated, and
-its labels; chips of 128², random windows, batches of 16, plain data loaders whose workers persist, one thread. Rounds
-are interleaved, the minimum counts. Before they are timed, what both read is compared. At least 3 times as many chips,
-with 0 and with 2 workers.
+A scene of twelve bands of 2048² pixels, uint16 in a tiled GeoTIFF, as it is and deflated, and
+its labels; chips of 128², random windows, batches of 16, plain data loaders whose workers persist, one thread.
+Before they are timed, what both read is compared.
 """
 
-import os
-
-os.environ["OMP_NUM_THREADS"] = "1"
-
 import multiprocessing
-import sys
 import tempfile
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rasterio
-import torch
 from torch.utils.data import DataLoader
 
+from _timing import Row, interleaved, main
 from ununennium.data import Chips, Scene, Window
 
+PART = "chips"
 SIDE, BANDS, CHIP, BATCH, CHIPS, ROUNDS, LIMIT = 2048, 12, 128, 16, 1024, 3, 3.0
 
 
@@ -99,37 +94,33 @@ def check(image: Path, label: Path) -> None:
         assert np.median(inner) <= 200, np.median(inner)
 
 
-def rate(loader: DataLoader) -> float:
-    """Return chips a second of one epoch."""
-    start, seen = time.perf_counter(), 0
-    for batch in loader:
-        seen += len(batch["image"])
+def epoch(loader: DataLoader) -> None:
+    seen = sum(len(batch["image"]) for batch in loader)
     assert seen == CHIPS, seen
-    return seen / (time.perf_counter() - start)
 
 
-def main() -> int:
-    torch.set_num_threads(1)
+def measure() -> list[Row]:
     warnings.simplefilter("ignore")
     multiprocessing.set_start_method("fork", force=True)
-    passed = True
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, compress in (("as they are", None), ("deflated", "deflate")):
             image, label = write(Path(folder) / name.replace(" ", "-"), compress)
             check(image, label)
             for workers in (0, 2):
-                loaders = [make(image, label, workers) for make in (ours, torchgeo, as_float)]
-                for loader in loaders:
-                    rate(loader)  # starts workers and opens files, which then stay
-                rounds = [[rate(loader) for loader in loaders] for _ in range(ROUNDS)]
-                own, theirs, floats = (max(rates) for rates in zip(*rounds, strict=True))
-                passed &= own / theirs >= LIMIT
-                print(
-                    f"{BANDS} bands of uint16, {name}, {workers} workers: {own:,.0f} chips/s, TorchGeo {theirs:,.0f}: "
-                    f"{own / theirs:.1f} times (limit: at least {LIMIT:g}); as float32 {floats:,.0f}"
-                )
-    return 0 if passed else 1
+                loaders = {
+                    f"{title}, {name}, {workers} workers": make(image, label, workers)
+                    for title, make in (("TorchGeo", torchgeo), ("Chips", ours), ("Chips as float32", as_float))
+                }
+                # The first round, which does not count, starts workers and opens files, which then stay.
+                timings = interleaved({title: partial(epoch, loader) for title, loader in loaders.items()}, ROUNDS)
+                peer, own, _ = loaders
+                for title, timing in timings.items():
+                    rate, ratio = CHIPS / timing.minimum, timings[peer].minimum / timing.minimum
+                    compared = None if title == peer else (peer, ratio, LIMIT if title == own else None)
+                    rows.append(Row(PART, title, rate, "chips/s", *(compared or (None,) * 3), timing.spread, True))
+    return rows
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(PART, measure, threads=1)

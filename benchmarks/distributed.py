@@ -1,17 +1,18 @@
 """The step of a `Trainer` on two processes against a hand-written loop over `DistributedDataParallel`.
 
-Run with ``make bench``. The script starts its two processes itself: gloo, one thread each. Epochs are interleaved in
-the same processes. A step lasts from the reading of a window's first batch to that of the next window's, on average in
-an epoch, so that the Trainer's one vote a window is counted in; the minimum counts, and the median shows the noise.
-What a ``fit`` does at its ends shows in the time of whole epochs, which are short here.
+U-Net ResNet-18, 2 chips of 64² in each of two processes: gloo, one thread each. A step lasts from the reading of a
+window's first batch to that of the next window's, on average in an epoch, so that the Trainer's one vote a window is
+counted in. What a ``fit`` does at its ends shows in the time of whole epochs, which are short here.
 """
 
+import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from statistics import median
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +21,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, default_collate
 
+from _timing import Row, Timing, main, row
 from ununennium.models import create_model
 from ununennium.training import Trainer
 
 WORLD, BATCH, BATCHES, CHIP = 2, 2, 16, 64
 BANDS, CLASSES, WINDOW = 12, 10, 4
 BUDGET, ROUNDS = 80, (3, 12)  # seconds for all rounds; their least and greatest number
-LIMIT = 1.03
-# Else the allocator gives big blocks back and takes them anew, or not, and page faults make figures of two kinds.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+PART, PEER, LIMIT = "distributed", "hand-written", 1.03
 
 Epoch = Callable[[], object]
 Times = dict[tuple[str, int], list[float]]
@@ -109,14 +109,14 @@ def rounds() -> Iterator[None]:
         yield
 
 
-def measure(rank: int, port: int) -> None:
+def process(rank: int, port: int, rows: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     contenders = {
         (name, window): (make(window, stamps := Stamps()), stamps)
         for window in (1, WINDOW)
-        for name, make in (("hand-written", by_hand), ("Trainer", by_trainer))
+        for name, make in ((PEER, by_hand), ("Trainer", by_trainer))
     }
     steps: Times = {key: [] for key in contenders}
     epochs: Times = {key: [] for key in contenders}
@@ -129,33 +129,29 @@ def measure(rank: int, port: int) -> None:
             epochs[key].append(time.perf_counter() - start)
             steps[key].append(stamps.take(key[1]))
     if rank == 0:
-        report(steps, epochs)
+        Path(rows).write_text(json.dumps(summed(steps, epochs)))
     dist.destroy_process_group()
 
 
-def report(steps: Times, epochs: Times) -> None:
-    print(
-        f"U-Net ResNet-18, {BATCH} chips of {CHIP}² pixels in each of {WORLD} processes; "
-        f"{len(epochs['Trainer', 1])} epochs of {BATCHES} batches"
-    )
-    for (name, window), seconds in steps.items():
-        peer = "hand-written", window
-        ratio = min(seconds) / min(steps[peer])
-        verdict = f" (limit {LIMIT}{'' if ratio <= LIMIT else ': EXCEEDED'})" if name == "Trainer" else ""
-        title = name if window == 1 else f"{name}, {window} a window"
-        print(
-            f"{title:24} {min(seconds) * 1e3:7.1f} ms a step, median {median(seconds) * 1e3:7.1f}, "
-            f"{ratio:.3f} of the hand-written loop{verdict}; epochs {min(epochs[name, window]) / min(epochs[peer]):.3f}"
-        )
+def summed(steps: Times, epochs: Times) -> list[Row]:
+    rows = []
+    for window in (1, WINDOW):
+        for what, times, limit in (("a step", steps, LIMIT), ("a whole epoch", epochs, None)):
+            suffix = what if window == 1 else f"{what}, {window} batches a window"
+            timings = {f"{n}, {suffix}": Timing.of(times[n, window]) for n in (PEER, "Trainer")}
+            peer, own = timings
+            rows += [row(PART, peer, timings), row(PART, own, timings, peer, limit)]
+    return rows
 
 
-def main() -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1", **ALLOCATOR}  # read by the processes when they start
-    with socket.socket() as probe:
+def measure() -> list[Row]:
+    with socket.socket() as probe, tempfile.NamedTemporaryFile() as file:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(measure, (port,), WORLD)
+        probe.close()
+        torch.multiprocessing.spawn(process, (port, file.name), WORLD)
+        return [Row(*values) for values in json.loads(Path(file.name).read_text())]
 
 
 if __name__ == "__main__":
-    main()
+    main(PART, measure, threads=1)

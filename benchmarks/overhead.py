@@ -1,46 +1,48 @@
-"""Import time against torch's, and the loop's time against a hand-written one.
+"""Import time against torch's, and what a loop adds to a step of a tiny network, ours and peers' side by side.
 
-Run with ``make bench``. Rounds are interleaved, one thread count serves all, the minimum counts.
+One thread, Linear 16-32-4, SGD, batches of 4, 1,024 steps an epoch. Peers have logs, progress and checkpoints off.
 """
 
+import logging
 import subprocess
 import sys
-import time
+import tempfile
+import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
+from _timing import Row, Timing, interleaved, main, row
 from ununennium.metrics import IoU
 from ununennium.training import Callback, Trainer
-from ununennium.training.run_figures import RunFigures
 
+PART = "overhead"
 IMPORTS = {
-    "torch": "import torch",
-    "ununennium": "import ununennium.training, ununennium.losses, ununennium.metrics, ununennium.models",
+    "import torch": "import torch",
+    "import ununennium": "import ununennium.training, ununennium.losses, ununennium.metrics, ununennium.models",
 }
-SAMPLES, BATCH = 4096, 4
+SAMPLES, BATCH, CLASSES = 4096, 4, 4
+BY_HAND, BY_HAND_IOU = "hand-written", "hand-written, IoU"
+LIMITS = {"import ununennium": 1.15, "Trainer": 1.05, "Trainer, a batch hook": 1.08}
 
-
-def import_seconds(rounds: int = 10) -> dict[str, float]:
-    best = dict.fromkeys(IMPORTS, float("inf"))
-    for _ in range(rounds):
-        for name, line in IMPORTS.items():
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", line], check=True)
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+Epoch = Callable[[], object]
 
 
 def setup() -> tuple[nn.Module, torch.optim.Optimizer, nn.Module, DataLoader]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
-    dataset = TensorDataset(torch.randn(SAMPLES, 16), torch.randint(0, 4, (SAMPLES,)))
-    return model, torch.optim.SGD(model.parameters(), lr=0.01), nn.CrossEntropyLoss(), DataLoader(dataset, BATCH)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, CLASSES))
+    return model, torch.optim.SGD(model.parameters(), lr=0.01), nn.CrossEntropyLoss(), DataLoader(data(), BATCH)
 
 
-def by_hand(metric: IoU | None = None) -> Callable[[], None]:
+def data() -> TensorDataset:
+    return TensorDataset(torch.randn(SAMPLES, 16), torch.randint(0, CLASSES, (SAMPLES,)))
+
+
+def by_hand(metric: IoU | None = None) -> Epoch:
     model, optimizer, loss_fn, loader = setup()
 
     def epoch() -> None:
@@ -61,10 +63,12 @@ def by_hand(metric: IoU | None = None) -> Callable[[], None]:
     return epoch
 
 
-def by_trainer(callbacks: list[Callback], metrics: list[IoU], progress: bool) -> Callable[[], None]:
-    trainer = Trainer(*setup(), callbacks=callbacks, device="cpu", progress=progress, seed=0)
-    # On training figures alone, which the constructor does not offer: it asks for a val_loader with metrics.
-    trainer._figures = RunFigures(metrics, trainer.loss_fn, trainer.device, finite_only=False)
+def by_trainer(*callbacks: Callback, metrics: tuple[IoU, ...] = (), progress: bool = False) -> Epoch:
+    # Metrics are asked for together with something to validate: one batch.
+    val_loader = [(torch.randn(BATCH, 16), torch.randint(0, CLASSES, (BATCH,)))] if metrics else None
+    trainer = Trainer(
+        *setup(), val_loader=val_loader, callbacks=callbacks, metrics=metrics, device="cpu", progress=progress, seed=0
+    )
     return lambda: trainer.fit(1) and None
 
 
@@ -73,37 +77,129 @@ class BatchHook(Callback):
         pass
 
 
-def loop_seconds(rounds: int = 12) -> dict[str, float]:
-    contenders = {
-        "hand-written": by_hand(),
-        "Trainer": by_trainer([], [], progress=False),
-        "Trainer, a batch hook": by_trainer([BatchHook()], [], progress=False),
-        "Trainer, progress": by_trainer([], [], progress=True),
-        "hand-written, IoU": by_hand(IoU(4)),
-        "Trainer, IoU": by_trainer([], [IoU(4)], progress=False),
+def by_lightning() -> Epoch:
+    import lightning
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    model, optimizer, loss_fn, loader = setup()
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            inputs, targets = batch
+            return loss_fn(self.model(inputs), targets)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return optimizer
+
+    module = Module()
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, max_epochs=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+
+    def epoch() -> None:
+        trainer.fit_loop.max_epochs += 1
+        trainer.fit(module, loader)
+
+    return epoch
+
+
+def by_ignite() -> Epoch:
+    from ignite.engine import create_supervised_trainer
+
+    model, optimizer, loss_fn, loader = setup()
+    # By default it reads every loss back; this spares it that.
+    engine = create_supervised_trainer(model, optimizer, loss_fn, output_transform=lambda x, y, outputs, loss: None)
+    return lambda: engine.run(loader, max_epochs=1)
+
+
+def by_accelerate() -> Epoch:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    *others, loss_fn, loader = setup()
+    model, optimizer, loader = accelerator.prepare(*others, loader)
+
+    def epoch() -> None:
+        model.train()
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            accelerator.backward(loss_fn(model(inputs), targets))
+            optimizer.step()
+
+    return epoch
+
+
+def by_transformers(folder: str) -> Epoch:
+    import transformers
+
+    network, optimizer, loss_fn, _ = setup()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            outputs = self.network(inputs)
+            return {"loss": loss_fn(outputs, labels), "logits": outputs}
+
+    def collate(samples: list[Any]) -> dict[str, Tensor]:
+        inputs, labels = default_collate(samples)
+        return {"inputs": inputs, "labels": labels}
+
+    transformers.logging.set_verbosity_error()
+    arguments = transformers.TrainingArguments(
+        output_dir=folder, num_train_epochs=1, per_device_train_batch_size=BATCH, logging_strategy="no",
+        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, max_grad_norm=0,
+        remove_unused_columns=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        Model(), arguments, data_collator=collate, train_dataset=data(),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
+    )  # fmt: skip
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    return lambda: trainer.train() and None
+
+
+def measure() -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        return compare(folder)
+
+
+def compare(folder: str) -> list[Row]:
+    warnings.simplefilter("ignore")
+    imports = interleaved({n: partial(subprocess.run, [sys.executable, "-c", line]) for n, line in IMPORTS.items()}, 10)
+    loops = {
+        BY_HAND: by_hand(),
+        "Trainer": by_trainer(),
+        "Trainer, a batch hook": by_trainer(BatchHook()),
+        "Trainer, progress": by_trainer(progress=True),
+        BY_HAND_IOU: by_hand(IoU(CLASSES)),
+        "Trainer, IoU": by_trainer(metrics=(IoU(CLASSES),)),
+        "Ignite": by_ignite(),
+        "Accelerate": by_accelerate(),
+        "Lightning": by_lightning(),
+        "transformers": by_transformers(folder),
     }
-    best = dict.fromkeys(contenders, float("inf"))
-    for _ in range(rounds):
-        for name, epoch in contenders.items():
-            start = time.perf_counter()
-            epoch()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+    steps = {name: timing.each(SAMPLES // BATCH) for name, timing in interleaved(loops, 12, warmup=2).items()}
+    rows = [row(PART, n, imports, None if n == "import torch" else "import torch", LIMITS.get(n)) for n in IMPORTS]
+    for name in loops:
+        peer = BY_HAND_IOU if "IoU" in name else BY_HAND
+        rows.append(row(PART, name, steps, None if name == peer else peer, LIMITS.get(name), "µs"))
+    return rows + [beyond(name, steps) for name in loops if "hand-written" not in name]
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    imports = import_seconds()
-    print(
-        f"import: torch {imports['torch']:.2f} s, ununennium {imports['ununennium']:.2f} s, "
-        f"ratio {imports['ununennium'] / imports['torch']:.3f}"
-    )
-    best = loop_seconds()
-    steps = SAMPLES // BATCH
-    for name, seconds in best.items():
-        peer = best["hand-written, IoU" if "IoU" in name else "hand-written"]
-        print(f"{name:24} {seconds / steps * 1e6:7.1f} µs a step, {seconds / peer:.3f} of the hand-written loop")
+def beyond(name: str, steps: dict[str, Timing]) -> Row:
+    """Return what a loop adds to a step."""
+    peer = BY_HAND_IOU if "IoU" in name else BY_HAND
+    extra = steps[name].minimum - steps[peer].minimum
+    return Row(PART, f"{name}: beyond the {peer} step", extra * 1e6, "µs", None, None, None, None)
 
 
 if __name__ == "__main__":
-    main()
+    main(PART, measure, threads=1)

@@ -1,14 +1,13 @@
 """A whole scene to a map: peak memory of two scene sizes, and tiles a second against the model alone.
 
-Run with ``make bench``. Each memory figure is of a process of its own, which predicts a scene of 12 bands of uint16 to
-ten classes with a pointwise model. Rounds of the other comparison are interleaved on one thread, the minimum counts.
+Each memory figure is of a process of its own, which predicts a scene of 12 bands of uint16 to
+ten classes with a pointwise model. The other comparison is of one thread.
 Needs 5 GB in the folder for temporary files.
 """
 
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,13 @@ import torch
 from rasterio.transform import from_origin
 from torch import nn
 
+from _timing import Row, interleaved, main
 from ununennium.models import RasterModel, create_model
 from ununennium.prediction import predict_scene
 
+PART = "prediction"
 BANDS, CLASSES, TILE, BATCH = 12, 10, 512, 4
-SIDES, MOST_MB, MOST_GROWTH = (5490, 10980), 2000, 0.10
+SIDES, MOST_MB, MOST_GROWTH = (5490, 10980), 2000, 10
 TILES, ROUNDS, LEAST_RATE = 4, 5, 0.9
 
 
@@ -55,8 +56,8 @@ def predict_alone(scene: str, destination: str) -> None:
     print(int(status.split("VmHWM:")[1].split()[0]) / 1e3)
 
 
-def rates(folder: Path) -> tuple[float, float]:
-    """Return tiles a second of the model on batches that are ready, and of a whole scene from file to file."""
+def rates(folder: Path) -> list[Row]:
+    """Compare tiles a second of the model on batches that are ready with those of a whole scene from file to file."""
     scene = folder / "scene.tif"
     write_scene(scene, TILE + (TILES - 1) * (TILE - 64))
     torch.manual_seed(0)
@@ -64,38 +65,34 @@ def rates(folder: Path) -> tuple[float, float]:
     network = create_model("unet_resnet18", BANDS, CLASSES)
     model = RasterModel(network, mean=[2000] * BANDS, std=[1000] * BANDS, **names).eval()
     ready = torch.randint(1, 4000, (BATCH, BANDS, TILE, TILE)).float()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        with torch.no_grad():
-            for _ in range(TILES):
-                model(ready)
-        middle = time.perf_counter()
+
+    @torch.no_grad()
+    def alone() -> None:
+        for _ in range(TILES):
+            model(ready)
+
+    def whole() -> None:
         options = {"tile": TILE, "batch_size": BATCH, "device": "cpu", "overwrite": True, "progress": False}
         predict_scene(model, scene, folder / "map.tif", **options)
-        times[0].append(middle - start)
-        times[1].append(time.perf_counter() - middle)
-    own, whole = (min(each) for each in times)
-    return TILES * BATCH / own, TILES * TILES / whole
+
+    peer, own = "the model alone", "from file to file"
+    timings = interleaved({peer: alone, own: whole}, ROUNDS, warmup=0)
+    rate = {peer: TILES * BATCH / timings[peer].minimum, own: TILES * TILES / timings[own].minimum}
+    return [
+        Row(PART, peer, rate[peer], "tiles/s", None, None, None, timings[peer].spread, True),
+        Row(PART, own, rate[own], "tiles/s", peer, rate[own] / rate[peer], LEAST_RATE, timings[own].spread, True),
+    ]
 
 
-def report(what: str, limit: str, kept: bool) -> None:
-    print(f"{what} (limit: {limit}){'' if kept else ' EXCEEDED'}", flush=True)
-
-
-def main() -> None:
-    torch.set_num_threads(1)
+def measure() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
-        own, whole = rates(Path(folder))
-        rate = whole / own
-        print(f"U-Net ResNet-18, {BANDS} bands, tiles of {TILE}: the model alone {own:.2f} tiles/s")
-        report(f"from file to file {whole:.2f} tiles/s, {rate:.3f} of it", f"at least {LEAST_RATE}", rate >= LEAST_RATE)
-        small, large = (megabytes(side, Path(folder)) for side in SIDES)
-        growth = large / small - 1
-        for side, peak in zip(SIDES, (small, large), strict=True):
-            report(f"{side:,} x {side:,}: peak memory {peak:.0f} MB", f"{MOST_MB} MB", peak <= MOST_MB)
-        report(f"four times the area: {growth:+.1%}", f"{MOST_GROWTH:+.0%}", growth <= MOST_GROWTH)
+        rows = rates(Path(folder))
+        peaks = [megabytes(side, Path(folder)) for side in SIDES]
+    for side, peak in zip(SIDES, peaks, strict=True):
+        rows.append(Row(PART, f"peak memory of {side:,} x {side:,}", peak, "MB", None, None, MOST_MB, None))
+    growth = "growth of peak memory with four times the area"
+    return [*rows, Row(PART, growth, (peaks[1] / peaks[0] - 1) * 100, "%", None, None, MOST_GROWTH, None)]
 
 
 if __name__ == "__main__":
-    predict_alone(*sys.argv[1:]) if len(sys.argv) > 1 else main()
+    predict_alone(*sys.argv[1:]) if Path(sys.argv[-1]).suffix == ".tif" else main(PART, measure, threads=1)

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from ununennium.metrics import ConfusionMatrix, Dice, IoU
+from ununennium.metrics.confusion import _highest
 
 IGNORE = 255
 ORACLES = {IoU: sklearn.metrics.jaccard_score, Dice: sklearn.metrics.f1_score}
@@ -307,3 +308,35 @@ def test_numpy_integers_are_integers():
     logits, targets = make_batch(0)
     figure = computed(IoU(np.int64(5), ignore_index=np.uint8(IGNORE)), (logits, targets))
     assert figure == computed(IoU(5, ignore_index=IGNORE), (logits, targets))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["channels first", "channels last", "a view", "volume", "no pixels axis"])
+def test_the_predicted_class_is_the_first_of_the_highest(dtype, layout):
+    """Of PyTorch's own maximum, over several tiles: at ties, at NaN and at infinities."""
+    draw = torch.Generator().manual_seed(1)
+    shape = {"volume": (2, 5, 3, 130, 140), "no pixels axis": (70, 5)}.get(layout, (3, 5, 190, 200))
+    logits = torch.randint(-2, 3, shape, generator=draw).to(dtype)
+    logits[torch.rand(shape, generator=draw) < 0.1] = -torch.inf
+    if layout == "channels last":
+        logits = logits.to(memory_format=torch.channels_last)
+    if layout == "a view":
+        logits = logits.repeat(1, 2, 1, 1)[:, 1::2, ::2]
+    spoiled = logits.clone()
+    spoiled[-1][torch.rand(spoiled.shape[1:], generator=draw) < 0.1] = torch.nan
+    for outputs in (logits, spoiled):
+        assert torch.equal(_highest(outputs).long(), outputs.max(1).indices)
+
+
+def test_many_classes_are_counted_as_exactly():
+    """Beyond what fits the small integers that few classes are counted with."""
+    draw = torch.Generator().manual_seed(2)
+    for classes in (179, 180, 181, 255, 256, 300):
+        targets = torch.randint(0, classes, (2, 40, 40), generator=draw)
+        logits = torch.randn(2, classes, 40, 40, generator=draw)
+        matrix = ConfusionMatrix(classes)
+        matrix.update(logits, targets)
+        expected = sklearn.metrics.confusion_matrix(
+            targets.flatten(), logits.argmax(1).flatten(), labels=range(classes)
+        )
+        assert torch.equal(matrix.compute(), torch.from_numpy(expected))

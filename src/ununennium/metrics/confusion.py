@@ -6,6 +6,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_UINT8, _INT16 = 255, 32767
+_PIXELS = 1 << 15  # of a tile, which with its classes fits the cache
+
+
+def _highest(outputs: Tensor) -> Tensor:
+    """Return the first channel with the highest value, uint8, of logits (B, C, …) on the CPU.
+
+    What ``outputs.max(1).indices`` gives, NaN being the highest, in a fraction of its time: a running maximum over the
+    channels, tile by tile, whichever of the two comes last in memory.
+    """
+    images, channels = outputs.shape[:2]
+    flat = outputs.reshape(images, channels, -1)
+    pixels = flat.shape[2]
+    result = torch.zeros((images, pixels), dtype=torch.uint8)
+    most = min(_PIXELS, pixels)
+    is_last = channels > 1 and flat.stride(1) == 1
+    room = outputs.new_empty((channels if is_last else 0, most))
+    best, higher = outputs.new_empty(most), torch.empty(most, dtype=torch.uint8)
+    for image, found in zip(flat, result, strict=True):
+        for start in range(0, pixels, most):
+            tile, index = image[:, start : start + most], found[start : start + most]
+            size = len(index)
+            if is_last:
+                tile = room[:, :size].copy_(tile)
+            top, above = best[:size].copy_(tile[0]), higher[:size]
+            for channel in range(1, channels):
+                torch.gt(tile[channel], top, out=above.view(torch.bool))
+                torch.maximum(top, tile[channel], out=top)
+                torch.maximum(index, above.mul_(channel), out=index)
+            if top.isnan().any():
+                index.copy_(tile.max(0).indices)
+    return result.reshape(images, *outputs.shape[2:])
+
 
 class ConfusionMatrix:
     """Exact counts of (true class, predicted class) pairs, kept on the device of the predictions.
@@ -54,6 +87,8 @@ class ConfusionMatrix:
             if self.ignore_index is not None and not 0 <= self.ignore_index < classes:
                 self._ignored += (labels == self.ignore_index).sum()
             rows = labels.clamp(-1, classes).add_(1)
+            if len(self._counts) <= _INT16:
+                rows = rows.short()  # a quarter of the memory to go through
             cells = rows.mul_(classes + 1).add_(predictions).flatten()
             if cells.device.type == "cpu":
                 self._counts += torch.bincount(cells, minlength=len(self._counts))
@@ -83,6 +118,8 @@ class ConfusionMatrix:
             raise ValueError(
                 f"the outputs have {channels} channels, but the metric was made for num_classes={self.num_classes}"
             )
+        if outputs.is_cpu and channels <= _UINT8:
+            return _highest(outputs.detach())
         return outputs.max(1).indices  # argmax over dimension 1 is several times slower on a CPU
 
     def compute(self) -> Tensor:
