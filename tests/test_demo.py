@@ -281,21 +281,6 @@ def test_the_default_block_is_the_largest_that_keeps_classes_on_both_sides():
     assert demo.choose_block(labels[:70, :70]) == 8  # six blocks across
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["B1 blue", "B2 green", "B3 red", "B4 nir infrared"], [2, 1, 0]),
-        (["Red", "Green", "Blue"], [0, 1, 2]),
-        (["B01", "B02", "B03", "B04", "B05"], [3, 2, 1]),
-        (["400.5 nm", "460.0 nm", "540.0 nm", "655.1 nm", "2400.0 nm"], [3, 2, 1]),
-        (["B1", "B2", "B3", "B4"], [2, 1, 0]),
-        (["B1", "B2"], [0]),
-    ],
-)
-def test_bands_for_a_picture(names, expected):
-    assert demo.rgb_bands(names) == expected
-
-
 def test_class_names(tmp_path):
     file = tmp_path / "classes.json"
     file.write_text('{"classes": ["none", "wet", "dry"], "counts": {"wet": 3}}')

@@ -1,5 +1,7 @@
 """From a configuration file to a map, by the command line."""
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import rasterio
+import sklearn.metrics
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -20,6 +23,7 @@ from ununennium.runs import ChipSettings, SceneData, SceneFiles, SplitSettings
 from ununennium.training.checkpoint import read
 
 SIZE, CHIP = 128, 32
+SHOWN = {"report.html", "curves.png", "confusion.png", "previews"}
 
 
 @pytest.fixture
@@ -80,7 +84,12 @@ def test_a_configuration_becomes_a_model_and_a_map(scene, capsys):
     folder = scene / "run"
     assert re.search(r"forest +[\d,]+", printed)  # the report of the split
     assert f"ununennium predict {folder}/checkpoints/best" in printed
-    assert {p.name for p in folder.iterdir()} == {"checkpoints", "config.yaml", "split.json", "statistics.json"}
+    assert {p.name for p in folder.iterdir()} == {"checkpoints", "config.yaml", "split.json", "statistics.json", *SHOWN}
+    assert f"the run on one page: {folder}/report.html" in printed
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    for command in (f"fit --config {folder}/config.yaml", f"predict {folder}/checkpoints/best scene.tif map.tif"):
+        assert f"ununennium {command}" in report
+    assert {p.name for p in (folder / "previews").iterdir()} == {f"preview-epoch-000{n}.png" for n in (1, 2)}
     assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["init_args"]["lr"] == 0.003
 
     contents = read(folder / "checkpoints" / "best")
@@ -94,7 +103,7 @@ def test_a_configuration_becomes_a_model_and_a_map(scene, capsys):
     assert known["network"]["name"] == "unet_resnet18"
 
     run("validate", "--config", folder / "config.yaml")
-    figures = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    figures = dict(line.split() for line in capsys.readouterr().out.split("\n\n")[0].splitlines())
     assert float(figures["val_iou"]) == pytest.approx(contents.info["figures"]["val_iou"], rel=1e-5)
 
     run("predict", folder / "checkpoints" / "best", scene / "image.tif", scene / "map.tif", "--progress", "false")
@@ -111,6 +120,66 @@ def test_a_configuration_becomes_a_model_and_a_map(scene, capsys):
     with rasterio.open(scene / "logits.tif") as written:
         raw = written.read()
     np.testing.assert_allclose(raw[:, valid], logits.numpy()[:, valid], rtol=1e-5, atol=1e-5)
+
+
+def test_validation_tells_of_each_class(scene, capsys):
+    """Against scikit-learn, over the pixels of the validation part."""
+    run("fit", "--config", write_config(scene, metrics=[{"class_path": "ununennium.metrics.IoU", "init_args": {
+        "num_classes": 3, "ignore_index": 255, "class_names": ["water", "crops", "forest"], "per_class": True,
+    }}, {"class_path": "ununennium.metrics.CohenKappa", "init_args": {"num_classes": 3, "ignore_index": 255}}]),
+        "--checkpoint.monitor", "val_kappa")  # fmt: skip
+    capsys.readouterr()
+    config = scene / "run" / "config.yaml"
+    run("validate", "--config", config, "--json", scene / "out" / "figures.json")
+    printed, table = capsys.readouterr().out.split("\n\n")
+    figures = {name: float(value) for name, value in (line.split() for line in printed.splitlines())}
+    names = ["water", "crops", "forest"]
+    assert list(figures) == ["val_loss", "val_iou", *(f"val_iou/{name}" for name in names), "val_kappa"]
+    kept = read(scene / "run" / "checkpoints" / "best").info["figures"]
+    assert kept["val_kappa"] == pytest.approx(figures["val_kappa"], rel=1e-5)
+
+    made = SceneData(ChipSettings(**{
+        **yaml.safe_load(config.read_text())["data"], "split": SplitSettings({"train": 0.6, "val": 0.4}, CHIP),
+        "scenes": [SceneFiles(str(scene / "image.tif"), str(scene / "label.tif"))],
+    }))  # fmt: skip
+    model = load_model(scene / "run" / "checkpoints" / "best")
+    with torch.no_grad():
+        maps = [(chip["mask"], model(chip["image"][None])[0].argmax(0)) for chip in made.val]
+    true, predicted = (torch.cat([part.flatten() for part in parts]) for parts in zip(*maps, strict=True))
+    true, predicted = true[true != 255].numpy(), predicted[true != 255].numpy()
+    precision, recall, dice, support = sklearn.metrics.precision_recall_fscore_support(
+        true, predicted, labels=range(3), zero_division=0
+    )
+    columns = {
+        "iou": sklearn.metrics.jaccard_score(true, predicted, labels=range(3), average=None, zero_division=0),
+        "dice": dice, "precision": precision, "recall": recall, "support": support,
+    }  # fmt: skip
+    header, *rows = (line.split() for line in table.splitlines())
+    assert header == ["class", *columns]
+    written = json.loads((scene / "out" / "figures.json").read_text())
+    assert written["figures"] == pytest.approx(figures, rel=1e-5)
+    assert list(written["classes"]) == [row[0] for row in rows] == names
+    for c, row in enumerate(rows):
+        expected = {name: values[c] for name, values in columns.items()}
+        assert written["classes"][names[c]] == pytest.approx(expected, abs=1e-9)
+        assert row[1:] == [*(f"{expected[name]:.4f}" for name in header[1:-1]), f"{support[c]:,}"]
+        assert figures[f"val_iou/{names[c]}"] == pytest.approx(expected["iou"], rel=1e-5)
+
+
+def test_what_is_not_a_number_is_null_in_json(tmp_path):
+    """Which has no NaN; a class that does not occur, say."""
+    figures = {"figures": {"val_iou": 0.5, "val_loss": math.inf}, "classes": {"Böden": {"iou": math.nan, "support": 0}}}
+    cli._write_json(str(tmp_path / "new" / "figures.json"), figures)
+    read_back = json.loads((tmp_path / "new" / "figures.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    expected = {"figures": {"val_iou": 0.5, "val_loss": None}, "classes": {"Böden": {"iou": None, "support": 0}}}
+    assert read_back == expected
+
+
+def test_what_is_no_metric_is_refused(scene, capsys):
+    config = write_config(scene, metrics=[{"class_path": "torch.nn.ReLU"}])
+    with pytest.raises(SystemExit):
+        run("fit", "--config", config)
+    assert "torch.nn.ReLU does not implement protocol Metric" in capsys.readouterr().err
 
 
 def test_the_configuration_that_a_run_kept_makes_the_same_run(scene, capsys):
@@ -130,6 +199,18 @@ def test_started_anew_a_run_goes_on(scene):
     run("fit", "--config", config, "--trainer.epochs", 1)
     run("fit", "--config", config)
     run("fit", "--config", config, "--output", scene / "whole")
+    weights = [load_file(scene / name / "checkpoints" / "last" / "model.safetensors") for name in ("run", "whole")]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+
+
+def test_pictures_may_be_switched_off_and_on_and_change_no_run(scene):
+    config = write_config(scene, schedule="constant")
+    run("fit", "--config", config, "--trainer.epochs", 1, "--report", "false")
+    assert not SHOWN & {p.name for p in (scene / "run").iterdir()}
+    run("fit", "--config", config, "--preview.samples", 2, "--preview.rgb", "[B8]")
+    assert {p.name for p in (scene / "run").iterdir()} >= SHOWN
+    run("fit", "--config", config, "--trainer.epochs", 3, "--report", "false")
+    run("fit", "--config", config, "--trainer.epochs", 3, "--output", scene / "whole")
     weights = [load_file(scene / name / "checkpoints" / "last" / "model.safetensors") for name in ("run", "whole")]
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
 
@@ -296,8 +377,55 @@ def test_networks_losses_and_datamodules_of_ones_own(scene, monkeypatch, capsys)
     weights = load_file(scene / "own" / "checkpoints" / "last" / "model.safetensors")
     assert set(weights) == {"weight", "bias"}
     capsys.readouterr()
-    run("validate", "--config", scene / "own" / "config.yaml", "--weights", scene / "own" / "checkpoints" / "last")
+    last = scene / "own" / "checkpoints" / "last"
+    run("validate", "--config", scene / "own" / "config.yaml", "--weights", last, "--json", scene / "own.json")
+    classes = json.loads((scene / "own.json").read_text())["classes"]
+    assert {name: row["support"] > 0 for name, row in classes.items()} == {"0": True, "1": True, "2": False}
     assert "val_loss" in capsys.readouterr().out
+
+
+HEIGHTS = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Heights:
+    def __init__(self):
+        images = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.data = TensorDataset(images, 100 + images.sum(1, keepdim=True))
+
+    def train_dataloader(self):
+        return DataLoader(self.data, 2, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.data, 2)
+"""
+
+
+def test_regression_by_a_configuration(scene, monkeypatch, capsys):
+    """Metrics with names of their own, and no table of classes."""
+    (scene / "heights.py").write_text(HEIGHTS)
+    monkeypatch.syspath_prepend(scene)
+    metrics = {"error": {"class_path": "ununennium.metrics.MAE"}, "r2": {"class_path": "ununennium.metrics.R2"}}
+    config = {
+        "output": str(scene / "heights"),
+        "datamodule": {"class_path": "heights.Heights"},
+        "network": {"class_path": "torch.nn.Conv2d", "init_args": dict.fromkeys(["out_channels", "kernel_size"], 1)},
+        "loss": {"class_path": "torch.nn.MSELoss"},
+        "metrics": metrics,
+        "checkpoint": {"monitor": "val_r2"},
+        "trainer": {"epochs": 2, "device": "cpu", "progress": False},
+    }
+    config["network"]["init_args"]["in_channels"] = 2
+    (scene / "heights.yaml").write_text(yaml.safe_dump(config))
+    run("fit", "--config", scene / "heights.yaml")
+    capsys.readouterr()
+    run("validate", "--config", scene / "heights" / "config.yaml", "--json", scene / "heights.json")
+    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert printed == ["val_loss", "val_error", "val_r2"]
+    written = json.loads((scene / "heights.json").read_text())
+    assert written["classes"] == {}
+    assert 0 < written["figures"]["val_error"] ** 2 <= written["figures"]["val_loss"]
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt2", "onnx"])

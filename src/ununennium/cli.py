@@ -53,8 +53,9 @@ def fit_parser() -> ArgumentParser:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+    from ununennium.metrics import Metric
     from ununennium.runs import ChipSettings, DataModule, ModelSettings, Schedule
-    from ununennium.training import Callback, CheckpointCallback, EarlyStoppingCallback, Trainer
+    from ununennium.training import Callback, CheckpointCallback, EarlyStoppingCallback, PreviewCallback, Trainer
 
     parser = ArgumentParser(
         usage="ununennium fit --config FILE [options]",
@@ -74,6 +75,7 @@ def fit_parser() -> ArgumentParser:
     add("--schedule", type=Schedule, default="cosine", help="of the learning rate over the run, each step")
     add("--scheduler", type=Callable[[Optimizer], LRScheduler] | None, default=None, help="instead of schedule")
     add("--step_on", type=Literal["epoch", "batch"], default="epoch", help="when the scheduler steps")
+    add("--metrics", type=list[Metric] | dict[str, Metric] | None, default=None, help="by default IoU and Dice")
     parser.add_class_arguments(Trainer, "trainer", skip=_OURS, instantiate=False)
     add("--trainer.epochs", type=PositiveInt, default=20, metavar="N", help="number of epochs")
     add("--trainer.distributed", type=bool | Literal["auto", "fsdp"], default="auto", help="auto: under torchrun")
@@ -81,6 +83,8 @@ def fit_parser() -> ArgumentParser:
     parser.add_class_arguments(CheckpointCallback, "checkpoint", skip={"path"}, instantiate=False)
     add("--early_stopping", type=bool, default=False, help="end when the figure of early_stop gets no better")
     parser.add_class_arguments(EarlyStoppingCallback, "early_stop", instantiate=False)
+    add("--report", type=bool, default=True, help="write report.html, curves, confusion matrix and previews")
+    parser.add_class_arguments(PreviewCallback, "preview", skip={"path"}, instantiate=False)
     parser.set_defaults({"checkpoint.monitor": "val_iou", "early_stop.monitor": "val_iou"})
     return parser
 
@@ -102,6 +106,8 @@ def fit(parser: ArgumentParser, options: Namespace) -> None:
     if run.trainer.rank == 0:
         best = run.folder / "checkpoints" / "best"
         print(f"to map a scene: ununennium predict {best} SCENE.tif MAP.tif")
+        if options.report:
+            print(f"the run on one page: {run.folder / 'report.html'}")
 
 
 def validate_parser() -> ArgumentParser:
@@ -110,20 +116,66 @@ def validate_parser() -> ArgumentParser:
     parser.usage = "ununennium validate --config FILE [options]"
     parser.description = "Compute a checkpoint's validation figures, with the configuration of its run."
     parser.add_argument("--weights", type=str | None, metavar="CHECKPOINT", help="by default the run's best")
+    parser.add_argument("--json", type=str | None, metavar="FILE", help="write the figures to a file, too")
     return parser
 
 
 def validate(parser: ArgumentParser, options: Namespace) -> None:
     """Run ``ununennium validate``."""
     options = options.clone()
-    weights = options.pop("weights")
+    weights, file = options.pop("weights"), options.pop("json")
     with _errors("validate", 2):
         run = _build(parser, options, trains=False)
         run.trainer.load_weights(weights or run.folder / "checkpoints" / "best")
     with _errors("validate", 1):
         figures = run.trainer.validate()
+        of_classes = _class_figures(run)
     if run.trainer.rank == 0:
         print("\n".join(f"{name} {figure:.6g}" for name, figure in figures.items()))
+        if of_classes:
+            print(f"\n{_table(of_classes)}")
+        if file is not None:
+            with _errors("validate", 2):
+                _write_json(file, {"figures": figures, "classes": of_classes})
+
+
+def _class_figures(run: Any) -> dict[str, dict[str, float]]:
+    """Return figures and support of each class by its name, where a metric has counted classes."""
+    from ununennium.metrics.classification import class_figures
+
+    metrics = run.trainer.val_metrics
+    if metrics.confusion is None:
+        return {}
+    names = metrics.class_names or getattr(run.trainer.model, "class_names", None)
+    columns = {name: values.tolist() for name, values in class_figures(metrics.confusion).items()}
+    rows = zip(*columns.values(), strict=True)
+    return {str(names[c]) if names else str(c): dict(zip(columns, row, strict=True)) for c, row in enumerate(rows)}
+
+
+def _table(rows: dict[str, dict[str, float]]) -> str:
+    wide = max(map(len, ["class", *rows]))
+    lines = ["class".ljust(wide) + "".join(f"{name:>12}" for name in next(iter(rows.values())))]
+    for name, row in rows.items():
+        cells = (f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in row.values())
+        lines.append(name.ljust(wide) + "".join(f"{cell:>12}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _write_json(file: str, figures: Any) -> None:
+    """Write figures as JSON, which knows no NaN: null."""
+    import json
+    import math
+    from pathlib import Path
+
+    from ununennium.training.checkpoint import whole_or_absent
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with whole_or_absent(Path(file)) as aside:
+        aside.write_text(json.dumps(plain(figures), indent=1, allow_nan=False, ensure_ascii=False), encoding="utf-8")
 
 
 def predict_parser() -> ArgumentParser:
@@ -158,6 +210,7 @@ def export_parser() -> ArgumentParser:
     parser.add_argument("checkpoint", type=str, help="such as runs/latest/checkpoints/best")
     parser.add_argument("destination", type=str, help="the file to be written; its ending says what")
     parser.add_argument("--size", type=PositiveInt, default=256, metavar="PIXELS", help="side of a program's input")
+    parser.add_argument("--averaged", type=bool | None, help="whether to take averaged weights, or the raw ones")
     return parser
 
 
@@ -166,7 +219,7 @@ def export(parser: ArgumentParser, options: Namespace) -> None:
     from ununennium.export import export_model
 
     with _errors("export", 2):
-        report = export_model(options.checkpoint, options.destination, size=options.size)
+        report = export_model(options.checkpoint, options.destination, size=options.size, averaged=options.averaged)
     print(report)
 
 

@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ununennium import prediction
+from ununennium import plots, prediction
 from ununennium.data import Scene, Window
 from ununennium.metrics import IoU
 from ununennium.models import RasterModel, create_model
-from ununennium.palette import palette
 from ununennium.training import CheckpointCallback, LRSchedulerCallback, Trainer
 
 IGNORE = 255  # in masks and in the map: no label, no data
@@ -177,7 +176,9 @@ def run(
         predicted = class_numbers(target.read(1), scene.valid, scene.values)
     figures, per_class = assess(scene, held_out, predicted)
     (folder / "run.json").write_text(json.dumps(settings | {"figures": figures}, indent=1), encoding="utf-8")
-    draw_curves(folder / "curves.png", history)
+    best = int(np.nanargmax(history["val_iou"])) + 1
+    shown = {name: figures for name, figures in history.items() if "/" not in name}
+    (folder / "curves.png").write_bytes(plots.png(plots.draw_curves(shown, best=best)))
     draw_map(folder / "map.png", scene, held_out, predicted)
 
     print_figures(scene, held_out, figures, per_class)
@@ -396,19 +397,6 @@ def class_names(values: Sequence[int], classes: str | Sequence[str] | Mapping[st
     if len(set(chosen)) < len(chosen):
         raise DemoError(f"{source} gives one name to two classes: {chosen}")
     return chosen
-
-
-def rgb_bands(names: Sequence[str]) -> list[int]:
-    """Choose the bands for a picture from their names: colours, Sentinel-2's, wavelengths; else 3, 2, 1."""
-    words = [name.lower().split() for name in names]
-    for wanted in (("red", "green", "blue"), ("b04", "b03", "b02")):
-        found = [[band for band, has in enumerate(words) if name in has] for name in wanted]
-        if all(found):
-            return [bands[0] for bands in found]
-    if all(len(has) == 2 and has[1] == "nm" for has in words):
-        wavelengths = np.array([float(has[0]) for has in words])
-        return [int(np.abs(wavelengths - colour).argmin()) for colour in (650, 550, 450)]
-    return [2, 1, 0] if len(words) > 2 else [0]
 
 
 # ---- the split ---------------------------------------------------------------------------------------------------
@@ -650,63 +638,26 @@ def _counts(scene: LabelledScene, held_out: NDArray[np.bool_]) -> NDArray[np.int
 
 # ---- pictures ----------------------------------------------------------------------------------------------------
 
-WHITE, GREY, RIGHT, WRONG = "#ffffff", "#e0e0e0", "#a9c9e3", "#cc3300"
-
-
-def draw_curves(path: Path, history: Mapping[str, Sequence[float]]) -> None:
-    """Draw loss and IoU by epoch; the best epoch is marked."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    epochs = np.arange(1, len(history["val_iou"]) + 1)
-    best = int(np.nanargmax(history["val_iou"])) + 1
-    titles = {"loss": "Cross-entropy", "iou": "Mean IoU"}
-    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        axes.plot(epochs, history[f"train_{key}"], color="#0072b2", marker="o", markersize=3, label="training")
-        axes.plot(epochs, history[f"val_{key}"], color="#d55e00", marker="o", markersize=3, label="validation")
-        axes.axvline(best, color="0.6", linewidth=1, linestyle=":", label=f"best epoch ({best})")
-        axes.set(title=title, xlabel="epoch", ylim=(0, None if key == "loss" else 1))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="upper right" if key == "loss" else "lower right")
-    figure.savefig(path, dpi=150)
-
 
 def draw_map(path: Path, scene: LabelledScene, held_out: NDArray[np.bool_], predicted: NDArray[np.uint8]) -> None:
     """Draw image, labels, map, and where the map is right and wrong on the validation blocks."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    colours, rgb = palette(len(scene.names)), rgb_bands(scene.source.bands)
-    table = np.array([to_rgb(colour) for colour in colours + [GREY] * (256 - len(colours))])
-    verdict = np.where((predicted == scene.labels)[..., None], to_rgb(RIGHT), to_rgb(WRONG))
-    compared = held_out & (scene.labels != IGNORE)
-    pictures = {
-        f"Image (bands {', '.join(str(band + 1) for band in rgb)})": stretch(scene, rgb),
-        "Labels": table[scene.labels],
-        "Map": table[predicted],
-        "Map on the validation blocks": np.where(compared[..., None], verdict, to_rgb(GREY)),
-    }
-    height, width = scene.labels.shape
-    side, columns = 3.6, min(4, len(colours))
-    rows = max(-(-len(colours) // columns), 3)
-    figure = Figure(figsize=(4 * side, (side - 0.1) * height / width + 0.15 + 0.22 * rows), layout="constrained")
-    for axes, (title, picture) in zip(figure.subplots(1, 4), pictures.items(), strict=True):
-        axes.imshow(np.where(scene.valid[..., None], picture, to_rgb(WHITE)), interpolation="nearest")
-        axes.set_title(title, fontsize=11)
-        axes.set(xticks=[], yticks=[])
-    patches = [Patch(facecolor=colour, label=name) for colour, name in zip(colours, scene.names, strict=True)]
-    figure.legend(handles=patches, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
-    verdicts = {"right": RIGHT, "wrong": WRONG, "no label, or trained on": GREY}
-    patches = [Patch(facecolor=colour, label=name) for name, colour in verdicts.items()]
-    figure.legend(handles=patches, loc="outside lower right", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
-
-
-def stretch(scene: LabelledScene, rgb: list[int]) -> NDArray[np.float64]:
-    """Return a picture (H, W, 3) in 0 … 1, each band stretched from its 2nd to its 98th percentile."""
-    low, high = np.percentile(scene.image[rgb][:, scene.valid], (2, 98), axis=1)[..., None, None]
-    bands = (scene.image[rgb] - low) / np.maximum(high - low, 1e-12)
-    return np.repeat(bands.clip(0, 1), 3 // len(bands), axis=0).transpose(1, 2, 0)
+    channels = plots.rgb_bands(scene.source.bands)
+    whole = plots.Example(
+        plots.composite(scene.image, channels, scene.valid),
+        scene.labels,
+        predicted,
+        scene.labels != IGNORE,
+        scene.valid,
+        judged=held_out,
+    )
+    titles = (
+        f"Image (bands {', '.join(str(channel + 1) for channel in channels)})",
+        "Labels",
+        "Map",
+        "Map on the validation blocks",
+    )
+    path.write_bytes(
+        plots.png(
+            plots.draw_classes([whole], scene.names, titles=titles, unlabelled="no label, or trained on", side=3.6)
+        )
+    )

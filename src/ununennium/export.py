@@ -14,7 +14,9 @@ from ununennium.training.checkpoint import whole_or_absent
 TOLERANCE = 1e-4  # of the largest output
 
 
-def export_model(checkpoint: str | Path, destination: str | Path, *, size: int = 256) -> str:
+def export_model(
+    checkpoint: str | Path, destination: str | Path, *, size: int = 256, averaged: bool | None = None
+) -> str:
     """Write the model of a checkpoint to a file, whole or not at all.
 
     Parameters
@@ -26,6 +28,8 @@ def export_model(checkpoint: str | Path, destination: str | Path, *, size: int =
         images (B, C, size, size) in float32: in the raster's own values, if the model is a `RasterModel`.
     size : int, default 256
         Side of a program's input, pixels.
+    averaged : bool, optional
+        Whether to take averaged weights, or the raw ones. By default those with which the run was validated.
 
     Returns
     -------
@@ -51,9 +55,9 @@ def export_model(checkpoint: str | Path, destination: str | Path, *, size: int =
         raise FileExistsError(f"{destination} exists: name another file, or remove it")
     write = writers[destination.suffix]
     if write is None:
-        export_weights(checkpoint, destination)
+        export_weights(checkpoint, destination, averaged=averaged)
         return f"written: {destination}, the weights"
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, averaged=averaged)
     images = _noise(model, size)
     with whole_or_absent(destination) as aside:
         outputs = write(model, images, aside)

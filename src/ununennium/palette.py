@@ -11,10 +11,27 @@ _COLORS = """
 """
 
 
+# How the lightness of the 24 changes when they come round again: shares of black (below 0) or white mixed in.
+_ROUNDS = (0.0, -0.45, 0.5)
+
+
 def palette(num_classes: int) -> list[str]:
-    """Return a colour for each class, "#rrggbb"; after 24 classes they repeat."""
+    """Return a colour for each class, "#rrggbb"; after 24 come darker variants, then lighter ones; 72 in all.
+
+    Notes
+    -----
+    The first seven are those of Okabe and Ito, "Color Universal Design" (https://jfly.uni-koeln.de/color/), without
+    black.
+    """
     colors = _COLORS.split()
-    return [f"#{colors[i % len(colors)]}" for i in range(num_classes)]
+    rounds = (_ROUNDS[i // len(colors) % len(_ROUNDS)] for i in range(num_classes))
+    return [_mixed(f"#{colors[i % len(colors)]}", share) for i, share in enumerate(rounds)]
+
+
+def _mixed(color: str, share: float) -> str:
+    """Return a colour with a share of white mixed in, or of black if it is below 0."""
+    end = 255 if share > 0 else 0
+    return "#" + "".join(f"{round(channel + abs(share) * (end - channel)):02x}" for channel in rgb(color))
 
 
 def rgb(color: str) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,15 @@ from torch.utils.data import DataLoader
 
 from ununennium.data import BandStatistics, Chips, Scene, band_statistics, block_split
 from ununennium.models import RasterModel, create_model
-from ununennium.training import Callback, CheckpointCallback, EarlyStoppingCallback, LRSchedulerCallback, Trainer
+from ununennium.training import (
+    Callback,
+    CheckpointCallback,
+    EarlyStoppingCallback,
+    LRSchedulerCallback,
+    PreviewCallback,
+    ReportCallback,
+    Trainer,
+)
 from ununennium.training.checkpoint import whole_or_absent
 from ununennium.training.checks import resolve_device
 from ununennium.training.distributed import Group, group_on, join
@@ -302,11 +311,12 @@ def build(settings: Any, config: Mapping[str, Any], *, trains: bool = True) -> R
         *_schedulers(settings, optimizer, steps),
         *(settings.callbacks or []),
         *([EarlyStoppingCallback(**vars(settings.early_stop))] if settings.early_stopping else []),
+        *(_pictures(settings, folder, group) if trains and settings.report else []),
         CheckpointCallback(folder / "checkpoints", **vars(settings.checkpoint)),
     ]
     trainer = Trainer(
         model, optimizer, loss_fn, train_loader, val_loader, callbacks, seed=settings.seed, config=config,
-        **transforms, **options,
+        metrics=settings.metrics, **transforms, **options,
     )  # fmt: skip
     if trains:
         group.of_leader(lambda: keep(folder, config, data, measured))
@@ -362,6 +372,15 @@ def _schedulers(settings: Any, optimizer: torch.optim.Optimizer, steps: int | No
     return [LRSchedulerCallback(scheduler, step_on="batch")]
 
 
+def _pictures(settings: Any, folder: Path, group: Group) -> list[Callback]:
+    """Return what draws previews and writes the report."""
+    command = f"ununennium fit --config {shlex.quote(str(folder / 'config.yaml'))}"
+    if group.size > 1:
+        command = f"torchrun --nproc_per_node={group.size} -m {command}"
+    previews = PreviewCallback(folder / "previews", **vars(settings.preview))
+    return [previews, ReportCallback(folder / "report.html", resume_command=command)]
+
+
 def batch_transforms(datamodule: Any, group: Group) -> dict[str, Callable[[Any], Any]]:
     """Set up a Lightning datamodule and return what its hooks do to batches, as a Trainer takes it."""
     if hasattr(datamodule, "prepare_data"):
@@ -392,7 +411,10 @@ class _Stage:
         self.sanity_checking = self.testing = self.predicting = False
 
 
-_FREE = {"trainer.progress", "trainer.device", "trainer.distributed", "data.num_workers", "data.batch_size", "output"}
+_FREE = {
+    "trainer.progress", "trainer.device", "trainer.distributed", "data.num_workers", "data.batch_size", "output",
+    "report",
+}  # fmt: skip
 
 
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -405,7 +427,8 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
         return
     there, here = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(config)
     free = _FREE | ({"trainer.epochs"} if config.get("schedule") == "constant" else set())
-    names = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k) and k not in free)
+    differing = (k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
+    names = sorted(k for k in differing if k not in free and not k.startswith("preview."))
     if names:
         differs = "; ".join(f"{name} was {there.get(name)!r} and is {here.get(name)!r}" for name in names[:3])
         why = " (a schedule other than constant spans the epochs)" if names == ["trainer.epochs"] else ""

@@ -67,6 +67,15 @@ def test_every_checkpoint_leads_to_the_same_bits(tmp_path, precision):
         assert trainer.state.seed == 3
 
 
+def test_checkpoints_lead_to_the_same_mean_of_the_last_epochs_and_the_same_freed_layers(tmp_path):
+    whole, expected, checkpoints = whole_run(tmp_path / "whole", average="swa")
+    assert checkpoints[-1].name.startswith("step-00000016")
+    for checkpoint in checkpoints[1::3]:
+        trainer, found = resumed(checkpoint, tmp_path / f"from-{checkpoint.name}", average="swa")
+        assert found == expected, checkpoint
+        assert torch.equal(trainer.model[0].weight, whole.model[0].weight)
+
+
 def test_workers_change_no_bit_before_or_after(tmp_path):
     _, expected, checkpoints = whole_run(tmp_path / "whole")
     _, in_workers, there = whole_run(tmp_path / "workers", workers=2)
@@ -129,11 +138,11 @@ def test_the_samples_are_those_of_the_whole_run_and_none_is_loaded_again(tmp_pat
         assert data.loaded == whole_data.loaded[passed:]
 
 
-def kill_until_it_ends(folder, workers, kills, draw):
+def kill_until_it_ends(folder, workers, kills, draw, **environment):
     """Start the victim again and again, and kill it at random; return how it ended, and how often it was killed."""
     killed = 0
     while True:
-        victim = start_victim(folder, workers)
+        victim = start_victim(folder, workers, **environment)
         if killed < kills:
             victim.stdout.readline()
             time.sleep(draw.uniform(0, 0.3 if workers == 0 else 0.8))
@@ -150,6 +159,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, workers):
     kill_at_random(tmp_path, workers, kills=2)
 
 
+def test_killed_at_random_moments_the_mean_of_the_last_epochs_has_the_same_bits(tmp_path):
+    kill_at_random(tmp_path, 0, kills=1, AVERAGE="swa")
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("workers", [0, 2])
@@ -157,13 +170,13 @@ def test_killed_fifty_times(tmp_path, workers):
     kill_at_random(tmp_path, workers, kills=50)
 
 
-def kill_at_random(tmp_path, workers, kills):
+def kill_at_random(tmp_path, workers, kills, **environment):
     """The victim takes a second or two: several runs of it are killed until so many kills have met one."""
     draw = random.Random(workers)
-    expected, _ = kill_until_it_ends(tmp_path / "whole", workers, 0, draw)
+    expected, _ = kill_until_it_ends(tmp_path / "whole", workers, 0, draw, **environment)
     met = 0
     while met < kills:
-        found, killed = kill_until_it_ends(tmp_path / f"{met}", workers, kills - met, draw)
+        found, killed = kill_until_it_ends(tmp_path / f"{met}", workers, kills - met, draw, **environment)
         assert found == expected
         met += max(killed, 1)
 

@@ -573,7 +573,7 @@ def test_loaders_without_a_length(make_model, make_data):
 
 def test_a_progress_callback_of_ones_own_replaces_the_default(make_model, loader, capsys):
     make_trainer(make_model(), loader, callbacks=[ProgressCallback()], progress=True).fit(1)
-    assert len(capsys.readouterr().out.splitlines()) == 3  # once the seed, the columns, the epoch
+    assert len(capsys.readouterr().out.splitlines()) == 4  # once the seed, the columns, the epoch, the best
 
 
 def test_a_memory_that_no_checkpoint_holds_is_found_before_the_first_step(make_model, loader):

@@ -21,7 +21,10 @@ from ununennium.training import (
     Callback,
     CheckpointCallback,
     EarlyStoppingCallback,
+    EMACallback,
+    GradualUnfreeze,
     LRSchedulerCallback,
+    SWACallback,
     Trainer,
 )
 
@@ -100,8 +103,8 @@ class Victim(Trainer):
     """Writes down the samples of every training batch."""
 
     def compute_loss(self, batch):
-        if self.model.training:
-            log = next(c for c in self.callbacks.callbacks if isinstance(c, Log))
+        log = next((c for c in self.callbacks.callbacks if isinstance(c, Log)), None)
+        if self.model.training and log is not None:
             log.samples = [*log.samples, *batch["index"].tolist()]
         time.sleep(float(os.environ.get("SECONDS", 0)))
         return super().compute_loss(batch)
@@ -111,6 +114,13 @@ def network():
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(8, 3, 1)
     )
+
+
+def averages(kind):
+    """Return what averages the weights, and for "swa" what freezes some of them, too."""
+    if kind == "ema":
+        return [EMACallback(decay=0.9, warmup=3)]
+    return [GradualUnfreeze({1: ["0", "1"]}), SWACallback(0.02, 2, anneal_epochs=1)]
 
 
 def build(folder, workers=0, *, data=None, callbacks=(), checkpoints=None, model=None, **kwargs):
@@ -133,6 +143,7 @@ def build(folder, workers=0, *, data=None, callbacks=(), checkpoints=None, model
             Noisy(),
             LRSchedulerCallback(schedule, step_on="batch"),
             EarlyStoppingCallback(patience=3),
+            *averages(kwargs.pop("average", None) or os.environ.get("AVERAGE", "ema")),
             CheckpointCallback(folder, monitor="val_iou", **every),
             *callbacks,
         ],

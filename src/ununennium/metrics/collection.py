@@ -2,13 +2,13 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ununennium.metrics.classification import ConfusionMetric
+from ununennium.metrics.base import DerivedMetric, Source, flat
 from ununennium.metrics.confusion import ConfusionMatrix
 
 
@@ -27,7 +27,7 @@ class Metric(Protocol):
 
 
 class MetricCollection:
-    """Named metrics over the same batches; those that need the same confusion matrix share one.
+    """Named metrics over the same batches; those that need the same confusion matrix, or the same sums, share them.
 
     Parameters
     ----------
@@ -46,8 +46,8 @@ class MetricCollection:
     def __init__(self, metrics: Iterable[Metric] | Mapping[str, Metric]) -> None:
         named = list(metrics.items()) if isinstance(metrics, Mapping) else [(_name(m), m) for m in metrics]
         self._metrics: dict[str, Metric] = {}
-        matrices: dict[tuple[int, int | None], ConfusionMatrix] = {}
-        self._sources: list[Metric | ConfusionMatrix] = []
+        shared: dict[Hashable, Source] = {}
+        self._sources: list[Metric | Source] = []
         for name, metric in named:
             if isinstance(metric, type) or not isinstance(metric, Metric):
                 raise TypeError(f"metric {name!r} is {metric!r}, which is no object with update, compute and reset")
@@ -56,14 +56,13 @@ class MetricCollection:
                     f'two metrics are called {name!r}: pass a dict to name them, metrics={{"{name}": …, "{name}_2": …}}'
                 )
             metric = self._metrics[name] = copy.deepcopy(metric)
-            if not isinstance(metric, ConfusionMetric) or type(metric).update is not ConfusionMetric.update:
+            if not isinstance(metric, DerivedMetric) or type(metric).update is not DerivedMetric.update:
                 self._sources.append(metric)  # it counts in its own way
                 continue
-            key = metric.confusion.num_classes, metric.confusion.ignore_index
-            if key not in matrices:
-                matrices[key] = metric.confusion
-                self._sources.append(metric.confusion)
-            metric.confusion = matrices[key]
+            if metric.key not in shared:
+                shared[metric.key] = metric.source
+                self._sources.append(metric.source)
+            metric.source = shared[metric.key]
         self._whole: dict[int, Any] = {}  # what was summed over all processes at the last compute
 
     def __len__(self) -> int:
@@ -74,13 +73,10 @@ class MetricCollection:
         return self._metrics.items()
 
     def names(self) -> list[str]:
-        """Return the names that ``compute`` gives, as far as they are known before: figures per class by class."""
+        """Return the names that ``compute`` gives, as far as they are known before: of ours, all."""
         names = []
         for name, metric in self._metrics.items():
-            if isinstance(metric, ConfusionMetric) and metric.average == "none":
-                names += [f"{name}/{c}" for c in metric.class_names or range(metric.confusion.num_classes)]
-            else:
-                names.append(name)
+            names += metric.names(name) if isinstance(metric, DerivedMetric) else [name]
         return names
 
     def higher_is_better(self, name: str) -> bool | None:
@@ -110,9 +106,12 @@ class MetricCollection:
         figures: dict[str, float] = {}
         for name, metric in self._metrics.items():
             over_all: Any = whole.get(id(metric), metric)
-            if isinstance(metric, ConfusionMetric) and id(metric.confusion) in whole:
-                over_all = metric.over(whole[id(metric.confusion)])
-            figures |= _flat(name, over_all.compute(), getattr(metric, "class_names", None))
+            if isinstance(metric, DerivedMetric) and id(metric.source) in whole:
+                over_all = metric.over(whole[id(metric.source)])
+            if isinstance(over_all, DerivedMetric):
+                figures |= over_all.figures(name)
+            else:
+                figures |= flat(name, over_all.compute(), getattr(metric, "class_names", None))
         return figures
 
     @property
@@ -174,12 +173,13 @@ class MetricCollection:
         Raises
         ------
         ValueError
-            If there is a metric that is not read from a confusion matrix: how its states add up nobody knows.
+            If there is a metric without a method ``absorb``: how its states add up nobody knows.
         """
         for source, of_source in zip(self._sources, state["states"], strict=True):
-            if not isinstance(source, ConfusionMatrix):
+            if not hasattr(source, "absorb"):
                 raise ValueError(
-                    f"what several processes have counted for {type(source).__name__} can't be put together"
+                    f"what several processes have counted for {type(source).__name__} can't be put together without a "
+                    "method absorb(state), which adds what another's state_dict gave"
                 )
             source.absorb(of_source)
 
@@ -221,12 +221,3 @@ def _name(metric: Any) -> str:
     if isinstance(name, str):
         return name
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(metric).__name__).lower()
-
-
-def _flat(name: str, value: Any, parts: Iterable[str] | None) -> dict[str, float]:
-    if isinstance(value, Mapping):
-        return {k: v for key, item in value.items() for k, v in _flat(f"{name}/{key}", item, None).items()}
-    if isinstance(value, Tensor) and value.ndim:
-        values = value.flatten().tolist()
-        return {f"{name}/{part}": float(v) for part, v in zip(parts or range(len(values)), values, strict=True)}
-    return {name: float(value)}

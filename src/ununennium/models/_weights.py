@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ununennium.models._bands import RGB, FilterMap, Unmatched, match_bands
 
-_MANIFEST, _TENSORS = "manifest.json", "model.safetensors"
+_MANIFEST, _TENSORS, _AVERAGED = "manifest.json", "model.safetensors", "averaged.safetensors"
 
 _TORCHGEO_NAME = re.compile(r"(?:(\w+)\.)?([A-Z][A-Z0-9_]*)")
 
@@ -217,11 +217,13 @@ def _of_checkpoint(path: Path) -> Source:
     beside = path / _MANIFEST if path.suffix != ".safetensors" else path.with_name(_MANIFEST)
     file = path if path.suffix == ".safetensors" else path / _TENSORS
     manifest: dict[str, Any] = {}
-    if beside.is_file() and file.name == _TENSORS:
+    if beside.is_file() and file.name in (_TENSORS, _AVERAGED):
         try:
             manifest = dict(json.loads(beside.read_bytes()))
         except ValueError as error:
             raise ValueError(f"{beside} is damaged, so the checkpoint can't be used: take another") from error
+        if file != path and manifest.get("averaged", {}).get("default"):  # as `load_model` does
+            file = path / _AVERAGED
     elif file != path:
         inside = next((path / name for name in ("best", "last") if (path / name / _MANIFEST).is_file()), None)
         raise FileNotFoundError(
@@ -246,7 +248,7 @@ def _of_checkpoint(path: Path) -> Source:
     bands = about.get("bands") if isinstance(about, Mapping) else None
     return Source(
         str(path),
-        lambda: _read(file, manifest.get("files", {}).get(_TENSORS)),
+        lambda: _read(file, manifest.get("files", {}).get(file.name)),
         bands=None if bands is None else tuple(bands),
         num_bands=None if bands is None else len(bands),
         whole=True,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ununennium.models import RasterModel, create_model
 from ununennium.training.batches import describe
-from ununennium.training.checkpoint import load_weights, matched_weights, read
+from ununennium.training.checkpoint import chosen, load_weights, matched_weights, read
 from ununennium.training.errors import CheckpointError
 from ununennium.training.modes import modes_restored
 from ununennium.training.precision import Precision
@@ -22,7 +22,9 @@ Output = Literal["classes", "probabilities", "logits"]
 _FLIPS = ([3], [2], [2, 3])
 
 
-def load_model(checkpoint: str | os.PathLike[str], network: nn.Module | None = None) -> nn.Module:
+def load_model(
+    checkpoint: str | os.PathLike[str], network: nn.Module | None = None, *, averaged: bool | None = None
+) -> nn.Module:
     """Make the model of a checkpoint anew, with its weights.
 
     Parameters
@@ -32,6 +34,8 @@ def load_model(checkpoint: str | os.PathLike[str], network: nn.Module | None = N
     network : nn.Module, optional
         What the weights are loaded into, for a model that `create_model` can't make. If the checkpoint is of a
         `RasterModel`, its network; else the model itself.
+    averaged : bool, optional
+        Whether to take averaged weights, or the raw ones. By default those with which the run was validated.
 
     Returns
     -------
@@ -41,12 +45,13 @@ def load_model(checkpoint: str | os.PathLike[str], network: nn.Module | None = N
     Raises
     ------
     CheckpointError
-        If there is no checkpoint, if it is damaged, or does not tell how its model is made.
+        If there is no checkpoint, if it is damaged, does not tell how its model is made, or holds no averaged weights
+        and they are asked for.
     ValueError
         If its model can't be made without ``network``.
     """
     path = Path(checkpoint)
-    contents = read(path)
+    contents = chosen(read(path), averaged)
     config = contents.info.get("model")
     if config is None and network is None:
         raise CheckpointError(

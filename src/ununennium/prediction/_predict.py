@@ -48,6 +48,7 @@ def predict_scene(
     device: str | torch.device | None = None,
     distributed: bool = False,
     overwrite: bool = False,
+    averaged: bool | None = None,
     threads: int | None = None,
     progress: bool = True,
 ) -> Path:
@@ -90,6 +91,9 @@ def predict_scene(
         this function alike and see the same files; the map is that of one process, bit for bit on like machines.
     overwrite : bool, default False
         Whether a file at the destination is replaced.
+    averaged : bool, optional
+        Whether to take a checkpoint's averaged weights, or the raw ones. By default those with which the run was
+        validated.
     threads : int, optional
         That decode the source and compress the map; by default as many as PyTorch uses.
     progress : bool, default True
@@ -136,7 +140,7 @@ def predict_scene(
     destination = Path(destination)
     threads = threads or torch.get_num_threads()
     with ExitStack() as stack:
-        job = all_do(group, lambda: _Job(model, source, bands, destination, overwrite))
+        job = all_do(group, lambda: _Job(model, source, bands, destination, overwrite, averaged))
         stack.enter_context(in_use(job.model, device))
         network = Network(job.model, output, flips, precision, job.num_classes)
         rows, columns = (Tiles(length, tile, overlap) for length in job.scene.shape)
@@ -169,10 +173,13 @@ class _Job:
         bands: Sequence[str] | None,
         destination: Path,
         overwrite: bool,
+        averaged: bool | None,
     ) -> None:
+        if averaged is not None and isinstance(model, nn.Module):
+            raise ValueError("averaged chooses among a checkpoint's weights, and the model is none: leave it out")
         self.scene = source if isinstance(source, Scene) else Scene(source)
         _check_destination(destination, self.scene, overwrite)
-        self.model = model if isinstance(model, nn.Module) else load_model(model)
+        self.model = model if isinstance(model, nn.Module) else load_model(model, averaged=averaged)
         homes_of(self.model)
         self.inner = unwrapped(self.model)
         self.fill, self.num_classes = 0.0, None

@@ -259,6 +259,16 @@ class Stepper:
             loss, outputs, targets = self._compute_loss(batch)
         return BatchResult(loss, self._count(outputs, targets, batch), outputs, targets)
 
+    @property
+    def loss(self) -> Tensor:
+        """Mean of the last window's loss over its targets, of this process, on the device; NaN over none."""
+        losses = [loss for loss, _ in self._window]
+        if len(losses) == 1:
+            return losses[0]
+        counts = torch.stack([_exact(count, losses[0].device) for _, count in self._window])
+        means = torch.stack(losses).to(counts.dtype)
+        return torch.where(counts > 0, means * counts, 0).sum() / counts.sum()
+
     def _add_nothing(self) -> None:
         """Take a batch that holds no target for what it is: a gradient of zero, whatever the loss makes of it."""
         for parameter in self._parameters:

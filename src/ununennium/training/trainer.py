@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ununennium.metrics import Metric, MetricCollection
 from ununennium.training import checkpoint, checks
 from ununennium.training.batches import split_batch, to_device
+from ununennium.training.callbacks.averaging import WeightAverage
 from ununennium.training.callbacks.base import Callback, CallbackList
 from ununennium.training.callbacks.checkpoint import CheckpointCallback
 from ununennium.training.callbacks.progress import ProgressCallback
@@ -347,9 +348,10 @@ class Trainer:
         logs = self._figures.train.compute(*self._over_processes)
         self.speed = Speed.together(self._group.gather(self._stopwatch.read()))
         self._check_finite(epoch)
+        self.follow_leader(b for module in self._modules() for b in module.buffers())
+        self.follow_leader(b for callback in self.callbacks.callbacks for b in callback.follows_leader)
         if self.val_loader is not None:
             self._leavable = self.world_size == 1
-            self._group.follow_leader(b for module in self._modules() for b in module.buffers())
             logs |= self.validate()
             self._leavable = False
         if self.on_nonfinite == "skip":
@@ -410,6 +412,19 @@ class Trainer:
             for module in self._modules():
                 module.eval()
             yield
+
+    def evaluate(self, batch: Any) -> tuple[Any, BatchResult]:
+        """Run a batch of a loader forward as `validate` does; inside `evaluating`, and counted nowhere.
+
+        Returns
+        -------
+        batch : Any
+            What the step took: on the device, after ``val_transform``.
+        result : BatchResult
+            Loss, outputs and targets.
+        """
+        batch = self._prepare(batch, False)
+        return batch, self._stepper.evaluate(batch)
 
     def compute_loss(self, batch: Any) -> tuple[Tensor, Any, Any]:
         """Return loss, outputs and targets of one batch, in training and in validation.
@@ -503,15 +518,35 @@ class Trainer:
         """
         self._take_over(checkpoint.read(path))
 
-    def load_weights(self, path: str | Path) -> None:
-        """Take over the model's weights from a checkpoint and nothing else.
+    def load_weights(self, path: str | Path, *, averaged: bool | None = None) -> None:
+        """Take over the model's weights from a checkpoint and nothing else; averages of a callback begin anew with it.
+
+        Parameters
+        ----------
+        path : str or Path
+            A checkpoint, or a link to one.
+        averaged : bool, optional
+            Whether to take averaged weights, or the raw ones. By default those with which the run was validated.
 
         Raises
         ------
         CheckpointError
-            If it is damaged or of another model.
+            If it is damaged or of another model, or holds no averaged weights and they are asked for.
         """
-        checkpoint.load_weights(self.model, checkpoint.matched_weights(checkpoint.read(path), self.model))
+        contents = checkpoint.chosen(checkpoint.read(path), averaged)
+        checkpoint.load_weights(self.model, checkpoint.matched_weights(contents, self.model))
+        for callback in self.callbacks.callbacks:
+            if isinstance(callback, WeightAverage):
+                callback.reset()
+
+    def training_batches(self, epoch: int) -> Iterator[Any]:
+        """Yield the training batches of an epoch, on the device, between two epochs and for what trains nothing."""
+        for loaded in self._train_batches.epoch(self.state.seed, epoch):
+            yield self._prepare(loaded.batch, True)
+
+    def follow_leader(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors the values that they have in process 0. Of several processes all have to call this."""
+        self._group.follow_leader(tensors)
 
     def stop(self) -> None:
         """Ask ``fit`` to end: after the running optimizer step, the epoch is closed with what it has, then no other.
@@ -567,6 +602,16 @@ class Trainer:
     def val_metrics(self) -> MetricCollection:
         """The metrics of the last validation, of all processes."""
         return self._figures.val.metrics
+
+    @property
+    def running_speed(self) -> Speed:
+        """How fast the running training pass has gone so far, of this process."""
+        return self._stopwatch.read()
+
+    @property
+    def step_loss(self) -> Tensor:
+        """Loss of the last optimizer step's batches, over all their targets, of this process, on the device."""
+        return self._stepper.loss
 
     @property
     def gradient_norm(self) -> Tensor | None:

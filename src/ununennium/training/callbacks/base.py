@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,11 +32,24 @@ class Callback:
         Figures that the callback adds to the logs in ``on_epoch_end``, so that others may monitor them.
     saves_state : bool
         Whether the callback saves what other callbacks know. Its ``save`` is called when a signal ends the run.
+    looks_on : bool
+        Whether the callback only writes things down, so that a run may be resumed with it or without it, whatever the
+        checkpoint has. A checkpoint that has its memory gives it back.
+    averages_weights : bool
+        Whether ``state_dict`` gives weights by canonical name, under "averaged", which checkpoints keep in a file of
+        their own; see `WeightAverage`.
     """
 
     monitor: str | None = None
     log_names: tuple[str, ...] = ()
     saves_state: ClassVar[bool] = False
+    looks_on: ClassVar[bool] = False
+    averages_weights: ClassVar[bool] = False
+
+    @property
+    def follows_leader(self) -> Sequence[Tensor]:
+        """What is given the values of process 0 after the batches of an epoch."""
+        return ()
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Do something before the first epoch; what is wrong should be raised here. Memories are restored by then."""

@@ -1,7 +1,7 @@
 """Checkpoints: a folder each, whole or absent, in which nothing that is read is executed."""
 
 from ununennium.training.checkpoint.folder import Folder, newest, newest_of
-from ununennium.training.checkpoint.format import Contents, begin, export_weights, read, whole_or_absent
+from ununennium.training.checkpoint.format import Contents, begin, chosen, export_weights, read, whole_or_absent
 from ununennium.training.checkpoint.snapshot import (
     Entry,
     Run,
@@ -24,6 +24,7 @@ __all__ = [
     "Writer",
     "begin",
     "check_memories",
+    "chosen",
     "export_weights",
     "gather",
     "load_weights",

@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from ununennium.training.checkpoint.plain import unpack
 from ununennium.training.checkpoint.shards import assemble
 from ununennium.training.errors import CheckpointError, DamagedCheckpointError
 
-FORMAT = 2
+FORMAT, AVERAGING_FORMAT = 2, 3  # the second with averaged weights, which versions before it would pass over
 MODEL, TENSORS, TREE, MANIFEST = "model.safetensors", "training.safetensors", "training.json", "manifest.json"
+AVERAGED = "averaged.safetensors"
 ASIDE = ".tmp-"  # what begins with it is being made or taken away, and of no use to anybody after a crash
 
 _OWN_KEYS = ("format", "versions", "files", "sha256")
@@ -42,12 +43,16 @@ class Contents:
         What the manifest says without the rest being read: run, position and figures.
     parameters : frozenset of str
         Which names of the model are parameters, and not buffers; empty in what was read.
+    averaged : dict of str to Tensor
+        Averages of the same, from a callback that keeps some. What ``info`` says of them: their callback, and whether
+        they are the ones that are meant by default.
     """
 
     model: dict[str, Tensor]
     training: dict[str, Any]
     info: dict[str, Any]
     parameters: frozenset[str] = frozenset()
+    averaged: dict[str, Tensor] = field(default_factory=dict)
 
 
 def begin(path: Path) -> Path:
@@ -84,7 +89,7 @@ def commit(aside: Path, path: Path, described: dict[str, Any], info: dict[str, A
         Plain JSON for the manifest.
     """
     manifest = {
-        "format": FORMAT,
+        "format": AVERAGING_FORMAT if "averaged" in info else FORMAT,
         **info,
         "versions": {
             "ununennium": __version__,
@@ -117,9 +122,10 @@ def read(path: str | Path) -> Contents:
     """
     folder = Path(path).resolve()
     manifest = manifest_of(folder)
-    if manifest["format"] > FORMAT:
+    newest = max(FORMAT, AVERAGING_FORMAT)
+    if manifest["format"] > newest:
         raise CheckpointError(
-            f"{folder} has format version {manifest['format']}, this ununennium ({__version__}) reads up to {FORMAT}: "
+            f"{folder} has format version {manifest['format']}, this ununennium ({__version__}) reads up to {newest}: "
             "upgrade ununennium to load it"
         )
     files: dict[str, bytes] = {}
@@ -134,7 +140,8 @@ def read(path: str | Path) -> Contents:
     info = {k: v for k, v in manifest.items() if k not in _OWN_KEYS}
     try:
         training = unpack(json.loads(files[TREE]), assemble(_those_of(files, TENSORS)))
-        contents = Contents(assemble(_those_of(files, MODEL)), training, unpack(info, {}))
+        model, averaged = assemble(_those_of(files, MODEL)), assemble(_those_of(files, AVERAGED))
+        contents = Contents(model, training, unpack(info, {}), averaged=averaged)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(f"{folder} is not whole: {error}") from error
     except Exception as error:  # its digests are right, and yet nobody can have written it with this package
@@ -142,7 +149,25 @@ def read(path: str | Path) -> Contents:
     return _from_1(contents) if manifest["format"] == 1 else contents
 
 
-def export_weights(path: str | Path, destination: str | Path) -> Path:
+def chosen(contents: Contents, averaged: bool | None = None) -> Contents:
+    """Return contents whose model has the averaged weights, or the raw ones; by default those that are meant.
+
+    Raises
+    ------
+    CheckpointError
+        If averaged weights are asked for, and there are none.
+    """
+    if averaged is None:
+        averaged = bool(contents.averaged) and contents.info["averaged"]["default"]
+    if averaged and not contents.averaged:
+        raise CheckpointError(
+            "the checkpoint holds no averaged weights, as its run kept none by then: leave averaged out, or train with "
+            "an EMACallback"
+        )
+    return replace(contents, model=contents.averaged) if averaged else contents
+
+
+def export_weights(path: str | Path, destination: str | Path, *, averaged: bool | None = None) -> Path:
     """Write a checkpoint's weights, sharded or not, to one safetensors file, whole or not at all.
 
     Parameters
@@ -151,6 +176,8 @@ def export_weights(path: str | Path, destination: str | Path) -> Path:
         A checkpoint, or a link to one.
     destination : str or Path
         The file; its folder is made if need be.
+    averaged : bool, optional
+        Whether to take averaged weights, or the raw ones. By default those with which the run was validated.
 
     Returns
     -------
@@ -162,14 +189,14 @@ def export_weights(path: str | Path, destination: str | Path) -> Path:
     FileExistsError
         If it exists.
     CheckpointError
-        If the checkpoint is damaged.
+        If the checkpoint is damaged, or holds no averaged weights and they are asked for.
     """
     from safetensors.torch import save
 
     destination = Path(destination)
     if destination.exists():
         raise FileExistsError(f"{destination} exists: name another file, or remove it")
-    contents = read(path)
+    contents = chosen(read(path), averaged)
     about = {"model": json.dumps(contents.info["model"])} if "model" in contents.info else None
     data = save(contents.model, about)  # create_model(weights=…) finds the bands there
     with whole_or_absent(destination) as aside:

@@ -18,7 +18,7 @@ from ununennium.training.state import TrainState
 
 
 class Stateful(Protocol):
-    """Something with a memory."""
+    """Something with a memory; what averages weights gives them under "averaged", the raw ones under "model"."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as plain data."""
@@ -72,6 +72,15 @@ class Run(NamedTuple):
 def gather(run: Run) -> Contents:
     """Collect everything that the next step depends on. Tensors are the live ones, not copies."""
     weights, extra = model_state(run.model)
+    memories = [(c, _class_name(c), dict(c.state_dict())) for c in run.callbacks]
+    averaged: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for callback, name, memory in memories:
+        if _averages(callback):
+            averaged = memory.pop("averaged")
+            weights |= memory.pop("model")
+            if averaged:
+                about = {"averaged": {"callback": name.rpartition(".")[2], "default": memory["default"]}}
     loss_fn, state = run.loss_fn, run.state
     random = (run.entry.random if run.entry is not None else None) or RandomState.capture()
     own, *others = run.gather({"random": random.as_list(), "figures": run.figures})
@@ -82,7 +91,8 @@ def gather(run: Run) -> Contents:
         "loader": run.entry.loader if run.entry is not None else run.loader,
         "optimizer": _optimizer_state(run.optimizer, _names(run.model, loss_fn)),
         "precision": run.precision.state_dict(),
-        "callbacks": [[_class_name(c), c.state_dict()] for c in run.callbacks],
+        "callbacks": [[name, memory] for c, name, memory in memories if not _looks_on(c)],
+        "onlookers": [[name, memory] for c, name, memory in memories if _looks_on(c)],
         "random": own["random"],
         "others": others,  # the same of the other processes, by rank
         "loss": dict(loss_fn.state_dict()) if isinstance(loss_fn, nn.Module) else {},
@@ -92,9 +102,9 @@ def gather(run: Run) -> Contents:
     }
     figures = state.records[-1][1] if state.records else {}
     position = {"epoch": state.epoch, "batch": state.batch, "optimizer_steps": state.optimizer_steps}
-    info = {"run": state.run, "position": position, "figures": figures, **run.about}
+    info = {"run": state.run, "position": position, "figures": figures, **run.about, **about}
     parameters = frozenset(name for name, _ in _canonical_parameters(run.model))
-    return Contents(weights, training, info, parameters)
+    return Contents(weights, training, info, parameters, averaged)
 
 
 def check_memories(memories: Mapping[str, dict[str, Any]]) -> None:
@@ -129,7 +139,8 @@ def restore(contents: Contents, run: Run) -> Entry:
     _compare(training["settings"], run.settings)
     weights = matched_weights(contents, model)
     groups = _optimizer_groups(training["optimizer"], optimizer, _names(model, loss_fn))
-    there, here = [name for name, _ in training["callbacks"]], [_class_name(c) for c in run.callbacks]
+    callbacks = [c for c in run.callbacks if not _looks_on(c)]
+    there, here = [name for name, _ in training["callbacks"]], [_class_name(c) for c in callbacks]
     if there != here:
         raise CheckpointError(
             f"the checkpoint's callbacks with a memory are {there}, the Trainer's {here}: pass the same ones in the "
@@ -141,9 +152,17 @@ def restore(contents: Contents, run: Run) -> Entry:
             f"the checkpoint's loss holds {_some(training['loss'])} and the Trainer's {_some(own_loss)}, or in other "
             "shapes: pass the same loss, or take the weights alone with Trainer.load_weights"
         )
-    for callback, (name, callback_state) in zip(run.callbacks, training["callbacks"], strict=True):
+    memories = list(zip(callbacks, training["callbacks"], strict=True))
+    left = list(training.get("onlookers", []))
+    for callback in (c for c in run.callbacks if _looks_on(c)):
+        own = next((memory for memory in left if memory[0] == _class_name(callback)), None)
+        if own is not None:
+            left.remove(own)
+            memories.append((callback, own))
+    for callback, (name, callback_state) in memories:
+        memory = {**callback_state, "averaged": contents.averaged} if _averages(callback) else callback_state
         try:
-            callback.load_state_dict(callback_state)  # first, since it may raise
+            callback.load_state_dict(memory)  # first, since it may raise
         except Exception as error:
             error.add_note(f"This happened in load_state_dict of {name}, while a checkpoint was restored.")
             raise
@@ -160,6 +179,16 @@ def restore(contents: Contents, run: Run) -> Entry:
     run.precision.load_state_dict(training["precision"])
     run.state.load_state_dict(training["state"])
     return Entry(None, training["loader"])
+
+
+def _looks_on(callback: Any) -> bool:
+    """Tell whether a run can be resumed with or without a callback."""
+    return bool(getattr(callback, "looks_on", False))
+
+
+def _averages(callback: Any) -> bool:
+    """Tell whether a callback's memory holds weights."""
+    return bool(getattr(callback, "averages_weights", False))
 
 
 def _compare(there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ununennium.training.checkpoint.format import (
+    AVERAGED,
     MODEL,
     TENSORS,
     TREE,
@@ -91,7 +92,7 @@ class Writer:
         """Have the buffer ready for contents of this size, its pages touched, so that no later save has to wait."""
         tensors: dict[str, Tensor] = {}
         pack(contents.training, tensors, "training")
-        self._make_room(_pieces(tensors, rank), _pieces(contents.model, rank))
+        self._make_room(*_pieces_of(contents, tensors, rank).values())
 
     def save(self, path: Path, contents: Contents, done: Done | None = None, share: Share | None = None) -> None:
         """Copy the contents, after a write that is still under way, and start to write them.
@@ -154,7 +155,7 @@ class Writer:
         info = pack(contents.info, strange, "info")
         if strange:
             raise TypeError(f"{next(iter(strange))} is no plain number, which the manifest holds")
-        pieces = {file: _pieces(t, share.rank) for file, t in ((TENSORS, tensors), (MODEL, contents.model))}
+        pieces = _pieces_of(contents, tensors, share.rank)
         self._make_room(*pieces.values())
         places: dict[str, _Places] = {}
         end = 0
@@ -243,7 +244,8 @@ class _Copy(NamedTuple):
     def check_finite(self) -> None:
         """Raise for a parameter that is not finite, and for NaN in the rest of the model or in the optimizer."""
         optimizer = {k: v for k, v in self.places[TENSORS].items() if k.startswith("training.optimizer.")}
-        for name, place in {**self.places[MODEL], **optimizer}.items():
+        averaged = self.places.get(AVERAGED, {})
+        for name, place in (*self.places[MODEL].items(), *optimizer.items(), *averaged.items()):
             extremes = _extremes(_at(self.buffer, place))
             if any(map(math.isnan, extremes)) or (name in self.parameters and any(map(math.isinf, extremes))):
                 raise NonFiniteError(
@@ -302,6 +304,12 @@ def _check_type(name: str, tensor: Tensor) -> None:
             f"{name} is a {tensor.layout} tensor of {tensor.dtype}, which safetensors files do not hold: keep it dense "
             "and in another type"
         )
+
+
+def _pieces_of(contents: Contents, tensors: dict[str, Tensor], rank: int) -> dict[str, dict[str, Piece]]:
+    """Return what a process writes of contents, by file."""
+    files = {TENSORS: tensors, MODEL: contents.model, **({AVERAGED: contents.averaged} if contents.averaged else {})}
+    return {file: _pieces(of_file, rank) for file, of_file in files.items()}
 
 
 def _pieces(tensors: dict[str, Tensor], rank: int) -> dict[str, Piece]:
