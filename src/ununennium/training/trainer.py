@@ -46,7 +46,7 @@ class Trainer:
         Moved to the device, in place. Modules put in eval mode before (a frozen BatchNorm) stay in it.
     optimizer : torch.optim.Optimizer
         Over parameters of the model. Adam, AdamW and SGD that were given neither ``fused`` nor ``foreach`` step in one
-        fused kernel.
+        fused kernel, unless the model is sharded.
     loss_fn : callable
         ``loss_fn(outputs, targets)`` gives a mean, a scalar. What it is a mean over decides what a batch counts for:
         asked are a method ``target_count(outputs, targets)``, an ``ignore_index`` (with class weights, if there are
@@ -202,8 +202,9 @@ class Trainer:
         self._train_batches = EpochLoader(train_loader, 0, *share, pins=pins)
         sharded = distributed == "fsdp"  # whose forward is a matter of all, validation included
         self._val_batches = EpochLoader(() if val_loader is None else val_loader, 1, *share, pads=sharded, pins=pins)
-        fuse(optimizer, self.model)
-        if sharded:
+        if not sharded:  # PyTorch has not shown every fused kernel how to step on shards
+            fuse(optimizer, self.model)
+        else:
             checks.check_sharding(loss_fn, self.precision.scales, channels_last)
             self._group.shard(self.model, optimizer, self.precision.dtype)
         self._levers = Levers(self.model, self.loss_fn, False if sharded else channels_last, compile)
