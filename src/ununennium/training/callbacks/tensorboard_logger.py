@@ -50,6 +50,7 @@ class TensorBoardLogger(Logger):
         if self.run_id is None:
             set_aside(self.path, "events.out.tfevents.*")
             self.run_id = trainer.state.run
+        _wait_for_a_later_second(self.path)
         self._writer = EventFileWriter(str(self.path), max_queue_size=1000)
 
     def rewind(self, step: int) -> Mapping[str, int]:
@@ -105,6 +106,17 @@ class TensorBoardLogger(Logger):
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._writer.add_event(Event(wall_time=time.time(), step=step, **what))
+
+
+def _wait_for_a_later_second(path: Path) -> None:
+    """Let TensorBoard, which reads event files in the order of their names, find the next one last.
+
+    Names begin with the second in which a file was begun; what follows is in no order.
+    """
+    seconds = [name.name.split(".")[3] for name in path.glob("events.out.tfevents.*")]
+    latest = max((int(second) for second in seconds if second.isdigit()), default=0)
+    if 0 <= latest + 1 - time.time() <= 1:
+        time.sleep(latest + 1 - time.time())
 
 
 def _cell(value: Any) -> str:
