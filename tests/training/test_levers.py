@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ununennium.training import Trainer
+from ununennium.training.errors import causes
 
 
 def images(samples=8):
@@ -170,3 +171,22 @@ def test_a_learning_rate_that_is_a_tensor_and_sparse_gradients_are_left_alone():
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
     Trainer(sparse, optimizer, nn.CrossEntropyLoss(), [1], device="cpu", progress=False)
     assert optimizer.param_groups[0]["fused"] is None
+
+
+def test_a_layout_that_fails_is_seen_behind_the_error_that_a_model_makes_of_it():
+    class Wraps(Flat):
+        def forward(self, x):
+            try:
+                return super().forward(x)
+            except RuntimeError as error:
+                raise ValueError("this model is picky") from error
+
+    with pytest.warns(UserWarning, match="needs tensors with the channels first"):
+        _, history = trained(Wraps)
+    assert history == trained(Flat, channels_last=False)[1]
+
+
+def test_errors_that_come_from_each_other_are_gone_through_once():
+    first, second = ValueError("first"), RuntimeError("second")
+    first.__cause__, second.__context__ = second, first
+    assert list(causes(first)) == [first, second]

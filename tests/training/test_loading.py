@@ -28,7 +28,7 @@ from torch.utils.data import (
 )
 
 from ununennium.training.errors import DataOrderError
-from ununennium.training.loading import EpochLoader, held_generators, reseed
+from ununennium.training.loading import EpochLoader, _text, held_generators, reseed
 
 SIZE = 13
 
@@ -478,3 +478,13 @@ def test_reseeding(generator):
     assert draw() == first
     reseed(generator, 6)
     assert draw() != first
+
+
+def test_what_is_hashed_of_indices_stays_as_checkpoints_have_it():
+    assert _text([3, 10]) == b"[3, 10]"
+    assert _text((3, 10)) == b"(3, 10)"
+    assert _text([]) == b"[]"
+    assert _text([3, (1, 2.5)]) == b"[3,[1,2.5]]"
+    assert _text([True, 3]) == b"[True,3]"
+    assert _text(np.int64(3)) == repr(np.int64(3)).encode()
+    assert _text(torch.tensor([3, 10])) == b"[3, 10]"

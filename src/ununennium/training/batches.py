@@ -1,7 +1,7 @@
 """What a loader yields: its inputs and targets, its size, its way to the device."""
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -90,6 +90,15 @@ def to_device(value: Any, device: torch.device) -> Any:
         twin.update(moved)
         return twin
     return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
 
 
 def num_samples(batch: Any) -> int:

@@ -1,5 +1,7 @@
 """Errors that name their cause and the remedy."""
 
+from collections.abc import Iterator
+
 
 class BatchError(ValueError):
     """A batch that does not fit the model or the loss."""
@@ -35,3 +37,13 @@ class Preempted(SystemExit):
 
 class ProcessError(RuntimeError):
     """Another process of a distributed run that failed or ended."""
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that it came from."""
+    seen: set[int] = set()
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        yield following
+        following = following.__cause__ or following.__context__

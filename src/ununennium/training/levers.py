@@ -1,12 +1,13 @@
 """What makes training faster and changes nothing that is meant: memory layout, compilation, fused optimizer steps."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ununennium.training.errors import causes
 from ununennium.training.random_state import RandomState
 
 P = ParamSpec("P")
@@ -104,18 +105,12 @@ def _tell(undone: Mapping[str, Exception]) -> None:
         warnings.warn(f"{what}: {reason:.300}", stacklevel=2)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _is_of_layout(error: BaseException) -> bool:
-    return any("view size is not compatible" in str(e) for e in _chain(error))
+    return any("view size is not compatible" in str(e) for e in causes(error))
 
 
 def _is_of_compiler(error: BaseException) -> bool:
-    return any(type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) for e in _chain(error))
+    return any(type(e).__module__.startswith(("torch._dynamo", "torch._inductor")) for e in causes(error))
 
 
 def _is_compiled(model: nn.Module) -> bool:

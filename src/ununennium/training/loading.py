@@ -609,14 +609,12 @@ def _seed(key: Key) -> int:
 
 def _text(indices: Any) -> bytes:
     """Return what is hashed of indices: their values, of objects without a value of their own nothing but the type."""
-    if type(indices) is list and set(map(type, indices)) == {int}:
-        return repr(indices).encode()
-    if isinstance(indices, (int, float, str, bytes, slice, np.generic, type(None))):
-        return repr(indices).encode()
     if isinstance(indices, (list, tuple)):
-        if all(type(i) is int for i in indices):
+        if set(map(type, indices)) <= {int}:
             return repr(indices).encode()
         return b"[" + b",".join(map(_text, indices)) + b"]"
+    if isinstance(indices, (int, float, str, bytes, slice, np.generic, type(None))):
+        return repr(indices).encode()
     if isinstance(indices, (torch.Tensor, np.ndarray)):
         return repr(indices.tolist()).encode()
     text = repr(indices)

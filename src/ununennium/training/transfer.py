@@ -1,12 +1,10 @@
 """The way of a batch to the device: on CUDA beside the computation, from pinned memory."""
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ununennium.training.batches import to_device
+from ununennium.training.batches import tensors_in, to_device
 
 
 class Transfer:
@@ -30,18 +28,7 @@ class Transfer:
             moved = to_device(batch, self.device)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self._stream)
-        for tensor in _tensors(moved):
+        for tensor in tensors_in(moved):
             if tensor.is_cuda:
                 tensor.record_stream(current)  # its memory is the other stream's, and may not be given away too soon
         return moved
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ununennium.training import checks
+from ununennium.training.batches import tensors_in
 from ununennium.training.callbacks.base import Callback, CallbackList
 from ununennium.training.checkpoint import whole_or_absent
 from ununennium.training.distributed import local
-from ununennium.training.errors import NonFiniteError
+from ununennium.training.errors import NonFiniteError, causes
 from ununennium.training.loading import EpochLoader
 from ununennium.training.modes import modes_restored
 from ununennium.training.random_state import RandomState
@@ -322,7 +323,7 @@ def as_before(trainer: Trainer) -> Iterator[None]:
     objects = [trainer, trainer.state, trainer.precision, scaler, trainer._stepper]
     attributes = [dict(vars(trainer)), *(_structure(vars(each)) for each in objects[1:])]
     of_optimizer = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
-    held = {id(t): t for t in (*tensors, *_tensors_in(list(state.values())), *_tensors_in(vars(scaler)))}
+    held = {id(t): t for t in (*tensors, *tensors_in(list(state.values())), *tensors_in(vars(scaler)))}
     # On the host, where they take nothing of the memory that a step is tried in.
     values = [local(t.detach()).to("cpu", copy=True) for t in held.values()]
     with ExitStack() as after:
@@ -378,10 +379,10 @@ def _fits(trainer: Trainer, batches: list[Any], limit_bytes: int | None) -> bool
     except (NonFiniteError, FloatingPointError):
         return True  # a matter of the weights, of which the memory knows nothing
     except Exception as error:
-        memory_is_short = any(map(_is_shortage, _chain(error)))
+        memory_is_short = any(map(_is_shortage, causes(error)))
         if not memory_is_short:
             raise
-        for each in _chain(error):
+        for each in causes(error):
             traceback.clear_frames(each.__traceback__)  # which hold the tensors of the step
         return False
     finally:
@@ -444,16 +445,6 @@ def _check_one_process(trainer: Trainer) -> None:
         )
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those that it came from."""
-    seen: set[int] = set()
-    following: BaseException | None = error
-    while following is not None and id(following) not in seen:
-        seen.add(id(following))
-        yield following
-        following = following.__cause__ or following.__context__
-
-
 def _is_shortage(error: BaseException) -> bool:
     """Tell whether an error means that memory is short, by whatever name a backend calls it."""
     text = str(error).lower()
@@ -468,14 +459,6 @@ def _structure(value: Any) -> Any:
         fresh.update((k, _structure(v)) for k, v in value.items())
         return fresh
     return [_structure(v) for v in value] if type(value) is list else value
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
 
 
 def _set(target: Any, values: dict[Any, Any]) -> None:

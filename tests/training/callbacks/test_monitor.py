@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ununennium.training.callbacks.monitor import is_better
+from ununennium.training.callbacks.monitor import best_epoch, is_better
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,12 @@ from ununennium.training.callbacks.monitor import is_better
 )
 def test_is_better(value, best, mode, min_delta, expected):
     assert is_better(value, best, mode, min_delta) is expected
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("max", (1, 0.7)), ("min", (3, 0.2))])
+def test_the_best_epoch_is_the_first_of_equals_among_those_that_have_the_figure(mode, expected):
+    values = [math.nan, 0.7, 0.5, 0.2, 0.7, 0.2]
+    records = [*((number, {"val_iou": value}) for number, value in enumerate(values)), (6, {"train_loss": 9.0})]
+    assert best_epoch(records, "val_iou", mode) == expected
+    assert best_epoch(records, "val_oa", mode) is None
+    assert best_epoch(records[:1], "val_iou", mode) is None

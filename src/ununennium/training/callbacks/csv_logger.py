@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ununennium.training.callbacks.logger import Logger, set_aside
+from ununennium.training.checkpoint import whole_or_absent
 
 if TYPE_CHECKING:
     from ununennium.training.trainer import Trainer
@@ -73,7 +73,8 @@ class CSVLogger(Logger):
     def write_hyperparameters(self, values: Mapping[str, Any]) -> None:
         """Write them as JSON."""
         text = json.dumps(values, indent=2, ensure_ascii=False, default=str)
-        (self.path / "hyperparameters.json").write_text(text + "\n", encoding="utf-8")
+        with whole_or_absent(self.path / "hyperparameters.json") as aside:
+            aside.write_text(text + "\n", encoding="utf-8")
 
 
 class _Table:
@@ -130,10 +131,11 @@ class _Table:
                 with self._path.open(newline="", encoding="utf-8") as file:
                     rows = list(csv.DictReader(file))
             self._columns += new
-            aside = self._path.with_suffix(".tmp")
-            with aside.open("w", newline="", encoding="utf-8") as file:
+            with (
+                whole_or_absent(self._path) as aside,
+                aside.open("w", newline="", encoding="utf-8") as file,
+            ):
                 writer = csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
-            os.replace(aside, self._path)
         self._file = self._path.open("a", newline="", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from ununennium.training.errors import CheckpointError
@@ -33,6 +33,26 @@ def is_better(value: float, best: float | None, mode: str, min_delta: float = 0.
     if best is None:
         return True
     return value < best - min_delta if mode == "min" else value > best + min_delta
+
+
+def best_epoch(records: Iterable[tuple[int, Mapping[str, float]]], monitor: str, mode: str) -> tuple[int, float] | None:
+    """Return the epoch that is the best by a figure, the first of equals, and its value; None if none has the figure.
+
+    Parameters
+    ----------
+    records : iterable of (int, mapping)
+        Numbers and figures of finished epochs.
+    monitor : str
+        The figure.
+    mode : {"min", "max"}
+        Which direction is better.
+    """
+    best: tuple[int, float] | None = None
+    for epoch, logs in records:
+        value = float(logs.get(monitor, math.nan))
+        if is_better(value, None if best is None else best[1], mode):
+            best = epoch, value
+    return best
 
 
 def check_mode(mode: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ununennium.training.callbacks.base import Callback
-from ununennium.training.callbacks.monitor import is_better, resolve_mode
+from ununennium.training.callbacks.monitor import best_epoch, resolve_mode
 
 if TYPE_CHECKING:
     from ununennium.training.speed import Speed
@@ -170,10 +170,7 @@ def _best(trainer: Trainer) -> tuple[int, str, float] | None:
     monitor = _monitored(trainer, records[-1][1])
     given = [getattr(c, "mode", "auto") for c in trainer.callbacks.callbacks if c.monitor == monitor]
     mode = resolve_mode(next((m for m in given if m != "auto"), "auto"), monitor, trainer)
-    best: tuple[int, float] | None = None
-    for epoch, logs in records:
-        if monitor in logs and is_better(logs[monitor], None if best is None else best[1], mode):
-            best = epoch, logs[monitor]
+    best = best_epoch(records, monitor, mode)
     return None if best is None else (best[0], monitor, best[1])
 
 

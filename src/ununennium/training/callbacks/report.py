@@ -24,7 +24,7 @@ from ununennium.palette import palette
 from ununennium.training.callbacks._picture import look_up
 from ununennium.training.callbacks.base import Callback
 from ununennium.training.callbacks.checkpoint import CheckpointCallback
-from ununennium.training.callbacks.monitor import Mode, check_mode, is_better, resolve_mode
+from ununennium.training.callbacks.monitor import Mode, best_epoch, check_mode, resolve_mode
 from ununennium.training.callbacks.preview import PreviewCallback
 from ununennium.training.checkpoint import whole_or_absent
 from ununennium.training.errors import Preempted
@@ -155,13 +155,8 @@ class ReportCallback(Callback):
             savers = [c for c in trainer.callbacks.callbacks if isinstance(c, CheckpointCallback)]
             known = [n for n in ("val_iou", "val_loss", "train_loss") if any(n in logs for _, logs in records)]
             name, mode = (savers[0].monitor, savers[0].mode) if savers else (next(iter(known), "val_loss"), mode)
-        direction = resolve_mode(mode, name, trainer)
-        best: tuple[str, int, float] | None = None
-        for epoch, logs in records:
-            value = float(logs.get(name, math.nan))
-            if is_better(value, None if best is None else best[2], direction):
-                best = name, epoch, value
-        return best
+        best = best_epoch(records, name, resolve_mode(mode, name, trainer))
+        return None if best is None else (name, *best)
 
     def _write(self, trainer: Trainer, status: str, failed: bool = False) -> None:
         if trainer.rank:
