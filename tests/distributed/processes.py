@@ -1,5 +1,6 @@
 """Real processes over gloo, forked from the test's own, and torchrun."""
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -21,7 +22,7 @@ def free_port():
 def run(world, function, folder, *args, limit=120):
     """Call ``function(rank, world, *args)`` in so many processes that share a group; return what each gave, by rank.
 
-    One that takes longer than ``limit`` seconds is ended, and fails.
+    One that takes longer than ``limit`` seconds is ended, and fails: with what it was at a little before.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,6 +33,8 @@ def run(world, function, folder, *args, limit=120):
             children.append(child)
             continue
         status = 1
+        hung = (folder / f"{rank}.hung").open("w")
+        faulthandler.dump_traceback_later(0.9 * limit, file=hung)
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(limit)  # nobody else ends a child that hangs
@@ -54,7 +57,7 @@ def run(world, function, folder, *args, limit=120):
         result = pickle.loads((folder / f"{rank}").read_bytes()) if (folder / f"{rank}").exists() else None
         results.append(result)
         if status:
-            failed.append(f"process {rank} ended with {status}:\n{result}")
+            failed.append(f"process {rank} ended with {status}:\n{result}\n{(folder / f'{rank}.hung').read_text()}")
     assert not failed, "\n".join(failed)
     return results
 
