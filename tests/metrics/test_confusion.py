@@ -1,6 +1,7 @@
 """IoU, Dice and the confusion matrix: exact counts, scikit-learn's figures, nodata (traps 14, 15, 16, 17)."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import sklearn.metrics
 import torch
 from torch.nn.functional import one_hot
 
-from ununennium.metrics import ConfusionMatrix, Dice, IoU
+from ununennium.kernels import Kernels
+from ununennium.metrics import ConfusionMatrix, Dice, IoU, MetricCollection
 from ununennium.metrics.confusion import _highest
 
 IGNORE = 255
@@ -339,3 +341,93 @@ def test_many_classes_are_counted_as_exactly():
             targets.flatten(), logits.argmax(1).flatten(), labels=range(classes)
         )
         assert torch.equal(matrix.compute(), torch.from_numpy(expected))
+
+
+def counted_twice(batches, num_classes, ignore_index, **options):
+    """Return what a matrix and one with compiled kernels have counted."""
+    plain, compiled = ConfusionMatrix(num_classes, ignore_index), ConfusionMatrix(num_classes, ignore_index)
+    compiled.compile(**options)
+    for outputs, targets in batches:
+        plain.update(outputs, targets)
+        compiled.update(outputs, targets)
+    return plain.state_dict(), compiled.state_dict()
+
+
+def large_batches(classes, dtype, layout, kind=torch.int64):
+    """Yield images large enough for a kernel, with ties, NaN, infinities and labels of every kind."""
+    draw = torch.Generator().manual_seed(3)
+    for images in (3, 1):
+        logits = torch.randint(-2, 3, (images, classes, 70, 80), generator=draw).to(dtype)
+        spoil = torch.rand(logits.shape, generator=draw)
+        logits = logits.where(spoil > 0.05, torch.nan).where(spoil < 0.9, torch.inf).where(spoil < 0.8, -torch.inf)
+        targets = torch.randint(-1, classes + 2, (images, 70, 80), generator=draw)
+        targets = targets.where(torch.rand(targets.shape, generator=draw) > 0.1, IGNORE)
+        yield logits.contiguous(memory_format=layout), targets.to(kind)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("ignore_index", [None, IGNORE, -1, 0])
+@pytest.mark.parametrize("classes", [2, 13, 32])
+def test_compiled_the_counts_are_the_same(layout, ignore_index, classes):
+    calls = []
+
+    def backend(graph, inputs):
+        return lambda *arguments: calls.append(1) or graph.forward(*arguments)
+
+    batches = large_batches(classes, torch.float64, layout)
+    plain, compiled = counted_twice(batches, classes, ignore_index, backend=backend)
+    assert len(calls) == 4  # images
+    assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.uint16])
+def test_compiled_any_integer_type_is_counted(kind):
+    batches = large_batches(5, torch.float32, torch.contiguous_format, kind)
+    plain, compiled = counted_twice(batches, 5, IGNORE, backend="eager")
+    assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 20, 20), (2, 40, 70, 80), (500, 5)])
+def test_what_no_kernel_pays_for_is_counted_without(shape):
+    def backend(graph, inputs):
+        raise AssertionError("compiled")
+
+    outputs = torch.randn(shape)
+    targets = outputs.argmax(1)
+    plain, compiled = counted_twice([(outputs, targets)], shape[1], None, backend=backend)
+    assert torch.equal(plain["counts"], compiled["counts"])
+
+
+def test_where_the_compiler_fails_counting_goes_on():
+    def broken(graph, inputs):
+        raise ValueError("no compiler on this machine")
+
+    batches = large_batches(5, torch.float32, torch.contiguous_format)
+    with pytest.warns(UserWarning, match="ConfusionMatrix goes on without compiled kernels") as warned:
+        plain, compiled = counted_twice(batches, 5, IGNORE, backend=broken)
+    assert len(warned) == 1
+    assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)]
+)
+def test_what_pytorchs_own_compiler_makes_of_it_counts_the_same(layout, dtype):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        plain, compiled = counted_twice(large_batches(10, dtype, layout), 10, IGNORE)
+    assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+
+
+def test_a_collection_compiles_the_matrix_that_its_metrics_share(monkeypatch):
+    calls = []
+    monkeypatch.setattr(Kernels, "run", lambda self, function, key, *inputs: calls.append(key) or function(*inputs))
+    outputs, targets = next(large_batches(5, torch.float32, torch.contiguous_format))
+    targets[(targets < 0) | (targets > 4)] = IGNORE
+    metrics = [IoU(5, ignore_index=IGNORE), Dice(5, ignore_index=IGNORE)]
+    plain, compiled = MetricCollection(metrics), MetricCollection(metrics)
+    compiled.compile()
+    for collection in plain, compiled:
+        collection.update(outputs, targets)
+    assert compiled.compute() == plain.compute()
+    assert len(calls) == len(outputs)

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ununennium.kernels import Kernels
+from ununennium.metrics import IoU, confusion
 from ununennium.training import Trainer
 from ununennium.training.errors import causes
 
@@ -107,6 +109,17 @@ def test_a_compiled_model_stays_the_users_and_gives_the_same_numbers():
     assert trainer.model._compiled_call_impl is not None
     assert list(trainer.model.state_dict()) == list(plain.model.state_dict())
     assert history["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+
+
+def test_with_the_model_its_metrics_are_compiled(monkeypatch):
+    calls = []
+    monkeypatch.setattr(Kernels, "run", lambda self, function, key, *inputs: calls.append(key) or function(*inputs))
+    monkeypatch.setattr(confusion, "_FEW_PIXELS", 1)
+    _, history = trained(Pooled, metrics=[IoU(4)], compile={"backend": "eager"}, channels_last=False)
+    assert len(calls) == 2 * 2 * 8  # epochs, passes, samples
+    expected = trained(Pooled, metrics=[IoU(4)], channels_last=False)[1]
+    assert history["train_iou"] == expected["train_iou"]
+    assert history["val_iou"] == expected["val_iou"]
 
 
 def test_a_model_that_cant_be_compiled_is_run_as_it_is_and_the_reason_given():

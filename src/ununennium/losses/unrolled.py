@@ -3,24 +3,20 @@
 The number of images is a variable of the kernels, so that a short last batch compiles nothing.
 """
 
-import warnings
-from collections.abc import Callable
 from functools import reduce
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ununennium.kernels import MOST_CHANNELS, PLAIN_INTEGERS, Kernels
 from ununennium.losses.pixels import computing_dtype, refuse_strange_labels
 
-_MOST_CLASSES = 32  # a kernel grows with them, and so does the time to compile it
 _PIXELS = 1 << 14, 1 << 16  # of a piece of an image that is summed by itself: for all threads, and for accuracy
-_PLAIN = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # what inductor compares
 
 
 class Unrolled:
-    """Compiled passes, made when they are first needed; broken once the compiler fails.
+    """Compiled passes, made when they are first needed.
 
     Parameters
     ----------
@@ -29,31 +25,23 @@ class Unrolled:
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._args, self._kwargs = args, kwargs
-        self._kernels: dict[tuple[object, ...], tuple[Callable[..., Any], Callable[..., Any]]] = {}
-        self._broken = False
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Copy and pickle what to compile, not what was compiled."""
-        return _again, (self._args, self._kwargs)
+        self._kernels = Kernels("DiceLoss", *args, **kwargs)
 
     def suits(self, logits: Tensor, targets: Tensor) -> bool:
         """Tell whether there is a compiled pass for logits (B, C, N) and these targets."""
         return (
-            not self._broken
+            not self._kernels.broken
             and not targets.is_floating_point()
-            and 1 < logits.shape[1] <= _MOST_CLASSES
+            and 1 < logits.shape[1] <= MOST_CHANNELS
             and logits.numel() > 0
         )
 
     def sums(self, logits: Tensor, targets: Tensor, ignore_index: int | None) -> Tensor | None:
         """Do what `pixels.sums` does, or return None if the compiler fails."""
         images, channels, pixels = logits.shape
-        try:
-            (kernel, _), (logits, labels) = self._for(logits, targets)
-            of_pieces = kernel(logits, labels, ignore_index, _pieces(pixels))
-        except Exception as reason:
-            self._give_up(reason)
+        key, batch = self._prepared(logits, targets)
+        of_pieces = self._kernels.run(_piece_sums, key, *batch, ignore_index, _pieces(pixels))
+        if of_pieces is None:
             return None
         totals: Tensor = of_pieces.sum(2)[:, :images].contiguous()
         if logits.device.type != "cpu" or totals[-1].any():
@@ -66,54 +54,25 @@ class Unrolled:
         self, logits: Tensor, targets: Tensor, by_true: Tensor, by_all: Tensor, ignore_index: int | None
     ) -> Tensor | None:
         """Do what `pixels.gradient` does, or return None if the compiler fails."""
-        images = len(logits)
-        try:
-            (_, kernel), arguments = self._for(logits, targets, by_true, by_all)
-            result: Tensor = kernel(*arguments, ignore_index, channels_last(arguments[0]))
-        except Exception as reason:
-            self._give_up(reason)
-            return None
-        return result[:images]
+        key, batch = self._prepared(logits, targets, by_true, by_all)
+        result: Tensor | None = self._kernels.run(_gradient, key, *batch, ignore_index, channels_last(batch[0]))
+        return None if result is None else result[: len(logits)]
 
-    def _for(
-        self, logits: Tensor, targets: Tensor, *by_image: Tensor
-    ) -> tuple[tuple[Callable[..., Any], Callable[..., Any]], list[Tensor]]:
-        """Return the kernels for a batch, and the batch as they take it."""
+    def _prepared(self, logits: Tensor, targets: Tensor, *by_image: Tensor) -> tuple[tuple[object, ...], list[Tensor]]:
+        """Return what the kernels for a batch are known by, and the batch as they take it."""
         if not channels_last(logits):
             logits = logits.contiguous()
-        targets = (targets if targets.dtype in _PLAIN else targets.long()).contiguous()
+        targets = (targets if targets.dtype in PLAIN_INTEGERS else targets.long()).contiguous()
         batch = [one.detach() for one in (logits, targets, *by_image)]
         key = logits.device.type, logits.dtype, targets.dtype, logits.shape[1], channels_last(logits)
         # Kernels for one image are others. They are not made for a last batch of one, which goes in twice instead.
-        alone = len(logits) == 1 and (key, False) not in self._kernels
+        alone = len(logits) == 1 and not self._kernels.has(_piece_sums, (*key, False))
         if not alone:
             if len(logits) == 1:
                 batch = [_twice(one) for one in batch]
             for one in batch:
                 torch._dynamo.maybe_mark_dynamic(one, 0)
-        if (key, alone) not in self._kernels:
-            self._kernels[key, alone] = self._compiled(_piece_sums), self._compiled(_gradient)
-        return self._kernels[key, alone], batch
-
-    def _compiled(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        # Code of its own, as torch.compile counts recompilations by code, whoever they are for.
-        assert isinstance(kernel, FunctionType)
-        own = FunctionType(kernel.__code__.replace(), kernel.__globals__, kernel.__name__)
-        settings = dict(self._kwargs)
-        if not self._args and not settings.keys() & {"backend", "mode", "options"}:
-            settings["options"] = {
-                # All sums of a pixel in one loop: by default it is cut at sixteen, and each part computes softmax.
-                "cpp.max_horizontal_fusion_size": 4 * _MOST_CLASSES,
-                "cpp.enable_tiling_heuristics": False,  # which give up vectors where channels come last
-            }
-        compiled: Callable[..., Any] = torch.compile(own, *self._args, **settings)
-        return compiled
-
-    def _give_up(self, reason: Exception) -> None:
-        self._broken = True
-        warnings.warn(
-            f"DiceLoss goes on without compiled kernels, more slowly: {type(reason).__name__}: {reason}", stacklevel=2
-        )
+        return (*key, alone), batch
 
 
 def channels_last(logits: Tensor) -> bool:
@@ -126,10 +85,6 @@ def _twice(one: Tensor) -> Tensor:
     if one.ndim == 3 and channels_last(one):
         return torch.cat([one.transpose(1, 2)] * 2).transpose(1, 2)
     return torch.cat([one, one])
-
-
-def _again(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Unrolled:
-    return Unrolled(*args, **kwargs)
 
 
 def _pieces(pixels: int) -> int:

@@ -142,6 +142,12 @@ class MetricCollection:
                     "reduced(total) that returns the metric of all, where total(tensor) sums a tensor over them"
                 )
 
+    def compile(self) -> None:
+        """Compile the counting of confusion matrices; see `ConfusionMatrix.compile`."""
+        for source in self._sources:
+            if isinstance(source, ConfusionMatrix):
+                source.compile()
+
     def reset(self) -> None:
         """Reset every metric."""
         for source in self._sources:

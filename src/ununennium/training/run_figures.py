@@ -26,6 +26,8 @@ class RunFigures:
         Where metrics that keep their state on one device are moved.
     finite_only : bool
         Leave training losses that are NaN or infinite out of the mean.
+    compiles : bool
+        Compile the metrics that can be.
 
     Attributes
     ----------
@@ -41,12 +43,13 @@ class RunFigures:
         loss_fn: Any,
         device: torch.device,
         finite_only: bool,
+        compiles: bool = False,
     ) -> None:
         self.known = metrics is not None
         self._given = metrics
         self._loss_fn = loss_fn
         self._device = device
-        self._finite_only = finite_only
+        self._finite_only, self._compiles = finite_only, compiles
         self._num_classes: int | None = None  # of the default metrics; 0 if they do not fit
         self._make(metrics or [])
 
@@ -81,7 +84,7 @@ class RunFigures:
         ValueError
             If it is of other metrics.
         """
-        own = RunFigures(self._given, self._loss_fn, self._device, self._finite_only)
+        own = RunFigures(self._given, self._loss_fn, self._device, self._finite_only, self._compiles)
         for number, state in enumerate(states):
             if not own.known and state["num_classes"] is not None:
                 own._settle(state["num_classes"])
@@ -96,6 +99,9 @@ class RunFigures:
 
     def _make(self, metrics: Sequence[Metric] | Mapping[str, Metric]) -> None:
         train, val = (MetricCollection(metrics).to(self._device) for _ in range(2))
+        if self._compiles:
+            train.compile()
+            val.compile()
         self.train, self.val = Figures("train_", train, self._finite_only), Figures("val_", val)
 
 

@@ -98,9 +98,9 @@ class Trainer:
         convolutions are quickest on. By default where the model has 2-D convolutions and can work on that (a first
         batch tells; sharded models can't). The numbers are the same up to rounding, but dropout draws other masks.
     compile : bool or mapping, default False
-        Compile the model, in place, with `torch.nn.Module.compile`, and the loss if it is a module with a ``compile``
-        of its own (`DiceLoss`). A mapping holds the arguments. It takes from seconds to minutes at the first batch; if
-        it fails, a warning says why and the model is run as it is.
+        Compile the model, in place, with `torch.nn.Module.compile`, the loss if it is a module with a ``compile`` of
+        its own (`DiceLoss`), and the counting of confusion matrices. A mapping holds the model's arguments. It takes
+        from seconds to minutes at the first batch; if it fails, a warning says why and the model is run as it is.
     progress : bool, default True
         Show a progress bar and a table of epochs.
     config : mapping, optional
@@ -208,11 +208,12 @@ class Trainer:
             checks.check_sharding(loss_fn, self.precision.scales, channels_last)
             self._group.shard(self.model, optimizer, self.precision.dtype)
         self._levers = Levers(self.model, self.loss_fn, False if sharded else channels_last, compile)
+        skips = on_nonfinite == "skip"
         self._stepper = Stepper(
             self.compute_loss, target_counter(loss_fn), optimizer, self.precision, gradient_clip_norm, self.state,
-            self._group, gradient_accumulation_steps, skips=on_nonfinite == "skip",
+            self._group, gradient_accumulation_steps, skips=skips,
         )  # fmt: skip
-        self._figures = RunFigures(metrics, loss_fn, self.device, finite_only=on_nonfinite == "skip")
+        self._figures = RunFigures(metrics, loss_fn, self.device, finite_only=skips, compiles=compile is not False)
         self._unseen = {True, False}  # whether training, for which no batch has been looked at
         self._entry: checkpoint.Entry | None = None  # where the next fit goes on
         self._writer = checkpoint.Writer()
