@@ -72,6 +72,7 @@ class Kernels:
                 # All sums of a pixel in one loop: by default it is cut at sixteen, and each part computes softmax.
                 "cpp.max_horizontal_fusion_size": 4 * MOST_CHANNELS,
                 "cpp.enable_tiling_heuristics": False,  # which give up vectors where channels come last
+                "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,  # a call takes less: ours never change
             }
         compiled: Callable[..., Any] = torch.compile(own, *self._args, **settings)
         return compiled

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ununennium.losses import pixels
 from ununennium.losses.unrolled import Unrolled
-
-_TINY = 1e-7  # keeps 0 / 0 away where soft targets hold next to nothing
 
 
 class DiceLoss(nn.Module):
@@ -120,7 +118,7 @@ class DiceLoss(nn.Module):
             self._seen_logits = True
         settings = self.weight, self.ignore_index, self.smooth, self.per_image
         unrolled = None if torch.compiler.is_compiling() else self._unrolled
-        loss: Tensor = _Dice.apply(outputs.flatten(2), self._flat(outputs, targets), *settings, unrolled)[0]
+        loss: Tensor = _Dice.apply(outputs.flatten(2), self._flat(outputs, targets), *settings, unrolled)
         return loss
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -159,7 +157,7 @@ class DiceLoss(nn.Module):
         else:
             self._check(outputs, targets)
             true, _ = pixels.one_hot(self._flat(outputs, targets), self.ignore_index, outputs.shape[1], outputs)
-            holds = _class_share(true.sum(2), self.weight).sum(1) > 0
+            holds = pixels.class_share(true.sum(2), self.weight).sum(1) > 0
         return holds.sum() if self.per_image else holds.any().long()
 
     def _flat(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -217,6 +215,7 @@ class _Dice(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         logits: Tensor,
         targets: Tensor,
         weight: Tensor | None,
@@ -224,35 +223,22 @@ class _Dice(torch.autograd.Function):
         smooth: float,
         per_image: bool,
         unrolled: Unrolled | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor:
+        found = None
         with torch.autocast(logits.device.type, enabled=False):
-            sums = None
             if unrolled is not None and unrolled.suits(logits, targets):
-                sums = unrolled.sums(logits, targets, ignore_index)
-            if sums is None:
+                found = unrolled.loss(logits, targets, weight, ignore_index, smooth, per_image)
+            if found is None:
                 sums = pixels.sums(logits, targets, ignore_index)
-            common, predicted, true = sums if per_image else sums.sum(1, keepdim=True)
-            union = predicted + true + smooth
-            numerator, denominator = 2 * common + smooth, union.clamp(min=_TINY)
-            share = _class_share(true, weight)
-            images = (share.sum(-1) > 0).sum().clamp(min=1)
-            loss = (share * (1 - numerator / denominator)).sum(-1).sum() / images
-            share = share / (images * denominator)
-            by_all = torch.where(union < _TINY, 0, share * numerator / denominator)
-            # A memory of their own, and a row for each image though they share a Dice.
-            rows = torch.zeros_like(sums[0])
-            return loss, rows - 2 * share, rows + by_all
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, targets, _, ctx.ignore_index, _, _, ctx.unrolled = inputs  # type: ignore[attr-defined]
-        _, by_true, by_all = output
-        ctx.mark_non_differentiable(by_true, by_all)
+                found = pixels.loss_of_sums(sums, weight, smooth, per_image)
+        loss, by_true, by_all = found
+        ctx.ignore_index, ctx.unrolled = ignore_index, unrolled
         ctx.save_for_backward(logits, targets, by_true, by_all)
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, factor: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, by_true, by_all = ctx.saved_tensors
         by_true, by_all = factor * by_true, factor * by_all
         of_logits = of_targets = None
@@ -266,15 +252,6 @@ class _Dice(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 of_targets = pixels.target_gradient(*arguments)
         return of_logits, of_targets, None, None, None, None, None
-
-
-def _class_share(true: Tensor, weight: Tensor | None) -> Tensor:
-    """Weight of each class in the mean over classes, from its pixels in the target; rows sum to 1 or 0."""
-    present = (true > 0).to(true.dtype)
-    if weight is not None:
-        present = present * weight.to(true)
-    total = present.sum(-1, keepdim=True)
-    return present / torch.where(total > 0, total, 1)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+_TINY = 1e-7  # keeps 0 / 0 away where soft targets hold next to nothing
 _PIXELS = 1 << 16  # of a tile: it fits a CPU's cache, and is enough for two threads
 _MOST_ELEMENTS = 1 << 21  # of a tile, where classes are many
 _ELEMENTS_ON_ACCELERATORS = 1 << 26  # there, launching kernels costs more than memory
@@ -68,6 +69,34 @@ def sums(logits: Tensor, targets: Tensor, ignore_index: int | None) -> Tensor:
         if of_tiles:
             totals[:, some] = torch.stack(of_tiles).sum(0)
     return totals
+
+
+def loss_of_sums(sums: Tensor, weight: Tensor | None, smooth: float, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, and its derivatives (B, C) by the sums of probability times target and of the probability.
+
+    With I, P and Y the sums of probability times target, probability and target, U = P + Y + s and N = 2 I + s, they
+    are -2 k / U by I and k N / U² by P and by Y.
+    """
+    common, predicted, true = sums if per_image else sums.sum(1, keepdim=True)
+    union = predicted + true + smooth
+    numerator, denominator = 2 * common + smooth, union.clamp(min=_TINY)
+    share = class_share(true, weight)
+    images = (share.sum(-1) > 0).sum().clamp(min=1)
+    loss = (share * (1 - numerator / denominator)).sum(-1).sum() / images
+    share = share / (images * denominator)
+    by_all = torch.where(union < _TINY, 0, share * numerator / denominator)
+    # A memory of their own, and a row for each image though they share a Dice.
+    rows = torch.zeros_like(sums[0])
+    return loss, rows - 2 * share, rows + by_all
+
+
+def class_share(true: Tensor, weight: Tensor | None) -> Tensor:
+    """Weight of each class in the mean over classes, from its pixels in the target; rows sum to 1 or 0."""
+    present = (true > 0).to(true.dtype)
+    if weight is not None:
+        present = present * weight.to(true)
+    total = present.sum(-1, keepdim=True)
+    return present / torch.where(total > 0, total, 1)
 
 
 def gradient(logits: Tensor, targets: Tensor, by_true: Tensor, by_all: Tensor, ignore_index: int | None) -> Tensor:

@@ -3,6 +3,7 @@
 The number of images is a variable of the kernels, so that a short last batch compiles nothing.
 """
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -10,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ununennium.kernels import MOST_CHANNELS, PLAIN_INTEGERS, Kernels
-from ununennium.losses.pixels import computing_dtype, refuse_strange_labels
-
-_PIXELS = 1 << 14, 1 << 16  # of a piece of an image that is summed by itself: for all threads, and for accuracy
+from ununennium.losses.pixels import computing_dtype, loss_of_sums, refuse_strange_labels
 
 
 class Unrolled:
@@ -36,42 +35,56 @@ class Unrolled:
             and logits.numel() > 0
         )
 
-    def sums(self, logits: Tensor, targets: Tensor, ignore_index: int | None) -> Tensor | None:
-        """Do what `pixels.sums` does, or return None if the compiler fails."""
-        images, channels, pixels = logits.shape
-        key, batch = self._prepared(logits, targets)
-        of_pieces = self._kernels.run(_piece_sums, key, *batch, ignore_index, _pieces(pixels))
-        if of_pieces is None:
+    def loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        weight: Tensor | None,
+        ignore_index: int | None,
+        smooth: float,
+        per_image: bool,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Do what `pixels.sums` and `pixels.loss_of_sums` do, or return None if the compiler fails."""
+        images, channels = logits.shape[:2]
+        key, batch = self._prepared(_loss, logits, targets)
+        result = self._kernels.run(_loss, key, *batch, weight, ignore_index, smooth, per_image)
+        if result is None:
             return None
-        totals: Tensor = of_pieces.sum(2)[:, :images].contiguous()
-        if logits.device.type != "cpu" or totals[-1].any():
+        found, sums, strange = result
+        if logits.device.type != "cpu" or strange:
             labels = targets.long()
             labels = labels if ignore_index is None else torch.where(labels == ignore_index, 0, labels)
             refuse_strange_labels(labels, channels, ignore_index)
-        return totals[:-1].view(3, channels, images).transpose(1, 2).contiguous()
+        if len(batch[0]) == images:
+            loss, by_true, by_all = found
+            return loss, by_true, by_all
+        return loss_of_sums(sums[:, :images], weight, smooth, per_image)
 
     def gradient(
         self, logits: Tensor, targets: Tensor, by_true: Tensor, by_all: Tensor, ignore_index: int | None
     ) -> Tensor | None:
         """Do what `pixels.gradient` does, or return None if the compiler fails."""
-        key, batch = self._prepared(logits, targets, by_true, by_all)
+        key, batch = self._prepared(_gradient, logits, targets, by_true, by_all)
         result: Tensor | None = self._kernels.run(_gradient, key, *batch, ignore_index, channels_last(batch[0]))
         return None if result is None else result[: len(logits)]
 
-    def _prepared(self, logits: Tensor, targets: Tensor, *by_image: Tensor) -> tuple[tuple[object, ...], list[Tensor]]:
-        """Return what the kernels for a batch are known by, and the batch as they take it."""
+    def _prepared(
+        self, kernel: Callable[..., Any], logits: Tensor, targets: Tensor, *by_image: Tensor
+    ) -> tuple[tuple[object, ...], list[Tensor]]:
+        """Return what a kernel for a batch is known by, and the batch as it takes it."""
         if not channels_last(logits):
             logits = logits.contiguous()
         targets = (targets if targets.dtype in PLAIN_INTEGERS else targets.long()).contiguous()
-        batch = [one.detach() for one in (logits, targets, *by_image)]
+        batch = [one.detach() for one in (logits, targets, *by_image)]  # a view would be compiled with its base
         key = logits.device.type, logits.dtype, targets.dtype, logits.shape[1], channels_last(logits)
         # Kernels for one image are others. They are not made for a last batch of one, which goes in twice instead.
-        alone = len(logits) == 1 and not self._kernels.has(_piece_sums, (*key, False))
+        alone = len(logits) == 1 and not self._kernels.has(_loss, (*key, False))
         if not alone:
             if len(logits) == 1:
                 batch = [_twice(one) for one in batch]
-            for one in batch:
-                torch._dynamo.maybe_mark_dynamic(one, 0)
+            if not self._kernels.has(kernel, (*key, alone)):
+                for one in batch:
+                    torch._dynamo.maybe_mark_dynamic(one, 0)
         return (*key, alone), batch
 
 
@@ -87,14 +100,15 @@ def _twice(one: Tensor) -> Tensor:
     return torch.cat([one, one])
 
 
-def _pieces(pixels: int) -> int:
-    """Return into how many equal pieces to cut an image: one if there is no such number."""
-    least, most = _PIXELS
-    return next((n for n in range(-(-pixels // most), pixels // least + 1) if pixels % n == 0), 1)
-
-
-def _piece_sums(logits: Tensor, targets: Tensor, ignore_index: int | None, pieces: int) -> Tensor:
-    """Return (3 C + 1, B, pieces): sums as of `pixels.sums`, and last the number of strange labels."""
+def _loss(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None,
+    ignore_index: int | None,
+    smooth: float,
+    per_image: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """Return what `pixels.loss_of_sums` gives, the sums (3, B, C), and the number of strange labels."""
     labels, valid = _labels(targets, logits.shape[1], ignore_index)
     probabilities = _probabilities(logits, valid)
     one, none = probabilities[0].new_ones(()), probabilities[0].new_zeros(())
@@ -105,7 +119,9 @@ def _piece_sums(logits: Tensor, targets: Tensor, ignore_index: int | None, piece
         *(torch.where(own, one, none) for own in is_class),
         torch.where((labels < 0) | (labels == len(probabilities)), one, none),
     ]
-    return torch.stack([of_pixels.view(len(logits), pieces, -1).sum(2) for of_pixels in every])
+    totals = torch.stack([of_pixels.sum(1) for of_pixels in every])  # as a cascade, by inductor
+    sums = totals[:-1].view(3, len(probabilities), -1).transpose(1, 2).contiguous()
+    return loss_of_sums(sums, weight, smooth, per_image), sums, totals[-1].sum()
 
 
 def _gradient(
