@@ -19,7 +19,7 @@ from ununennium import cli
 from ununennium.data import Scene, Window
 from ununennium.models import create_model
 from ununennium.prediction import load_model, predict_scene
-from ununennium.runs import ChipSettings, SceneData, SceneFiles, SplitSettings
+from ununennium.runs import ChipSettings, SceneData, SceneFiles, SplitSettings, flip
 from ununennium.training.checkpoint import read
 
 SIZE, CHIP = 128, 32
@@ -264,6 +264,26 @@ def test_split_and_chips_agree_on_what_is_unlabelled(scene):
     counted = sum(int((chip["mask"] != 99).sum()) for chips in (data.train, data.val) for chip in chips)
     assert counted == sum(part["pixels"] for part in data.split.report["parts"].values())
     assert counted == SIZE * SIZE - 20 * SIZE - 81
+
+
+DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chips_of_every_type_are_flipped_and_turned_with_their_masks(dtype):
+    """All eight ways are met, and a pixel keeps its value, the type's least and largest too, and its target."""
+    limits = np.iinfo(dtype) if np.dtype(dtype).kind in "ui" else np.finfo(dtype)
+    image = np.array([[limits.min, 1, 2], [3, 4, 5], [6, 7, limits.max]], dtype)
+    ways = {np.rot90(mirrored, turns).tobytes() for mirrored in (image, image[:, ::-1]) for turns in range(4)}
+    torch.manual_seed(0)
+    found = set()
+    for _ in range(100):
+        turned = flip({"image": torch.from_numpy(image)[None], "mask": torch.arange(9).reshape(3, 3)})
+        assert turned.keys() == {"image", "mask"}
+        assert turned["image"].numpy().dtype == dtype
+        assert np.array_equal(turned["image"].numpy()[0], image.flatten()[turned["mask"].numpy()])
+        found.add(turned["image"].numpy().tobytes())
+    assert found == ways
 
 
 def test_the_seed_is_that_of_a_network_of_ones_own(scene, monkeypatch):

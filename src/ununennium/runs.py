@@ -202,14 +202,19 @@ class SceneData:
         )  # fmt: skip
 
 
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
 def flip(sample: dict[str, Any]) -> dict[str, Any]:
     """Return a chip flipped and turned at random, one of the eight ways; its place on the ground is left out."""
     way = int(torch.randint(8, ()))
     turned: dict[str, Any] = {}
     for name in ("image", "mask"):
         if name in sample:
-            chip = sample[name].flip(-1) if way & 4 else sample[name]
-            turned[name] = torch.rot90(chip, way & 3, (-2, -1)).contiguous()
+            given = sample[name]
+            chip = given.view(_SIGNED.get(given.dtype, given.dtype))  # torch 2.11 can't flip uint16 and wider
+            chip = chip.flip(-1) if way & 4 else chip
+            turned[name] = torch.rot90(chip, way & 3, (-2, -1)).contiguous().view(given.dtype)
     return turned
 
 
