@@ -91,7 +91,9 @@ def test_a_configuration_becomes_a_model_and_a_map(scene, capsys):
     for command in (f"fit --config {folder}/config.yaml", f"predict {folder}/checkpoints/best scene.tif map.tif"):
         assert f"ununennium {command}" in report
     assert {p.name for p in (folder / "previews").iterdir()} == {f"preview-epoch-000{n}.png" for n in (1, 2)}
-    assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["init_args"]["lr"] == 0.003
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
+    assert kept["optimizer"]["init_args"]["lr"] == 0.003
+    assert kept["early_stopping"] is False
 
     contents = read(folder / "checkpoints" / "best")
     assert contents.info["config"]["data"]["classes"] in (
