@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from ununennium import cli
 from ununennium.data import Scene, Window
 from ununennium.models import create_model
 from ununennium.prediction import load_model, predict_scene
-from ununennium.runs import ChipSettings, SceneData, SceneFiles, SplitSettings
+from ununennium.runs import ChipSettings, SceneData, SceneFiles, SplitSettings, flip
 from ununennium.training.checkpoint import read
 
 SIZE, CHIP = 128, 32
@@ -90,7 +91,9 @@ def test_a_configuration_becomes_a_model_and_a_map(scene, capsys):
     for command in (f"fit --config {folder}/config.yaml", f"predict {folder}/checkpoints/best scene.tif map.tif"):
         assert f"ununennium {command}" in report
     assert {p.name for p in (folder / "previews").iterdir()} == {f"preview-epoch-000{n}.png" for n in (1, 2)}
-    assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["init_args"]["lr"] == 0.003
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
+    assert kept["optimizer"]["init_args"]["lr"] == 0.003
+    assert kept["early_stopping"] is False
 
     contents = read(folder / "checkpoints" / "best")
     assert contents.info["config"]["data"]["classes"] in (
@@ -266,6 +269,26 @@ def test_split_and_chips_agree_on_what_is_unlabelled(scene):
     assert counted == SIZE * SIZE - 20 * SIZE - 81
 
 
+DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chips_of_every_type_are_flipped_and_turned_with_their_masks(dtype):
+    """All eight ways are met, and a pixel keeps its value, the type's least and largest too, and its target."""
+    limits = np.iinfo(dtype) if np.dtype(dtype).kind in "ui" else np.finfo(dtype)
+    image = np.array([[limits.min, 1, 2], [3, 4, 5], [6, 7, limits.max]], dtype)
+    ways = {np.rot90(mirrored, turns).tobytes() for mirrored in (image, image[:, ::-1]) for turns in range(4)}
+    torch.manual_seed(0)
+    found = set()
+    for _ in range(100):
+        turned = flip({"image": torch.from_numpy(image)[None], "mask": torch.arange(9).reshape(3, 3)})
+        assert turned.keys() == {"image", "mask"}
+        assert turned["image"].numpy().dtype == dtype
+        assert np.array_equal(turned["image"].numpy()[0], image.flatten()[turned["mask"].numpy()])
+        found.add(turned["image"].numpy().tobytes())
+    assert found == ways
+
+
 def test_the_seed_is_that_of_a_network_of_ones_own(scene, monkeypatch):
     (scene / "mine2.py").write_text(OWN)
     monkeypatch.syspath_prepend(scene)
@@ -291,17 +314,38 @@ def test_the_seed_is_that_of_a_network_of_ones_own(scene, monkeypatch):
 
 
 MISTAKES = {
-    "an unknown key": (["--data.chipsize", 64], "Option 'chipsize' is not accepted"),
-    "a wrong type": (["--trainer.epochs", "many"], "trainer.epochs"),
-    "an unknown class": (["--optimizer", "torch.optim.Adan"], "torch.optim.Adan"),
-    "no data": (["--data", "null"], "give either data, with its scenes, or a datamodule"),
-    "no such file": (["--data.scenes", '[{"image": "nowhere.tif", "label": "l.tif"}]'], "nowhere.tif"),
+    "an unknown key": (["--data.chipsize", 64], "data.chipsize is no option: is chip_size meant?"),
+    "an unknown option": (["--trainer.epoch", 3], "--trainer.epoch is no option: is --trainer.epochs meant?"),
+    "a wrong type": (["--trainer.epochs", "many"], "trainer.epochs must be a whole number above 0, got 'many'"),
+    "an unknown class": (["--optimizer", "torch.optim.Adan"], "optimizer: torch.optim has no Adan: is Adam meant?"),
+    "a class without its module": (["--loss", "DiceLos"], "loss: DiceLos is no class: is ununennium.losses.DiceLoss m"),
+    "an unknown argument": (["--optimizer.lrr", 1], "optimizer.lrr is no option: is lr meant?"),
+    "a model as a network": (["--network", "unet_resnet18"], "is a model's name: give model.name=unet_resnet18"),
+    "nearly a model as a network": (
+        ["--network", "unet_resnt18"],
+        "like a model's name, unet_resnet18: give model.name=",
+    ),
+    "an unknown network": (["--network", "segmentation_models_pytorch.Unett"], "is Unet meant?"),
+    "no such module": (["--network", "nets.Unet"], "network: there is no module 'nets' for nets.Unet"),
+    "no data": (["--data", "null"], "give either data, with its scenes, or a datamodule: neither is given"),
+    "no such file": (
+        ["--data.scenes", '[{"image": "nowhere.tif", "label": "l.tif"}]'],
+        f"data.scenes[0]: nowhere.tif: there is no such file in {Path.cwd()}: correct the path",
+    ),
+    "stopping that is off": (
+        ["--early_stop.patience", 3],
+        "early_stop.patience=3 without early_stopping: set it to true",
+    ),
+    "chips on a grid and at random": (
+        ["--data.stride", 8, "--data.chips_per_epoch", 8],
+        "data.stride is for chips on a grid: leave it or data.chips_per_epoch out",
+    ),
     "no label": (["--data.scenes", '[{"image": "a.tif", "label": null}]'], "data.scenes has no label for scene 0"),
     "no classes": (["--data.classes", "[]"], "data.classes is missing: name the classes"),
     "no validation": (["--data.split.fractions", '{"train": 1.0}'], "data.split.fractions has no val"),
     "labels without a class": (["--data.classes", '{"1": "water", "5": "crops"}'], "7"),
     "an unknown model": (["--model.name", "unet_resnet19"], "unet_resnet18"),
-    "an unknown band": (["--data.bands", "[B4, B11]"], "B11"),
+    "an unknown band": (["--data.bands", "[B4, B11]"], "no band 'B11'; its bands are B4, B8"),
     "focus on a grid": (["--data.focus", 0.5], "set data.chips_per_epoch"),
     "a schedule twice": (
         ["--scheduler", "torch.optim.lr_scheduler.ExponentialLR", "--scheduler.gamma", "0.9"],
@@ -315,7 +359,130 @@ MISTAKES = {
 def test_a_mistake_is_a_short_message(scene, capsys, mistake):
     args, expected = MISTAKES[mistake]
     code = 1 if mistake == "a monitor that is not there" else 2  # found with the first batch's metrics
-    assert expected in fails(capsys, "fit", "--config", write_config(scene), *args, code=code)
+    message = fails(capsys, "fit", "--config", write_config(scene), *args, code=code)
+    assert message.startswith("ununennium fit: error: ")
+    assert expected in message
+
+
+IN_THE_FILE = {
+    "a misspelt key": ({"chipsize": 64}, "data.chipsize is no option: is chip_size meant?"),
+    "a key like none": ({"qqq": 64}, "data.qqq is no option; there are scenes, val_scenes, split, bands, classes,"),
+    "a misspelt scene key": ({"scenes": [{"image": "i.tif", "lable": "l.tif"}]}, "data.scenes.lable is no option: is"),
+    "a misspelt key of the split": ({"split": {"blok": 3}}, "data.split.blok is no option: is block meant?"),
+    "a scene without an image": ({"scenes": [{"label": "l.tif"}]}, "data.scenes.image must be given"),
+    "no scene": ({"scenes": []}, "data.scenes is empty: name a scene, as {image: FILE, label: FILE}"),
+    "a scene alone": ({"scenes": "i.tif"}, "data.scenes must be a list, got i.tif: write [i.tif]"),
+    "a band alone": ({"bands": "B4"}, "data.bands must be a list, got B4: write [B4]"),
+    "a band that is not there": ({"bands": ["B4", "B11"]}, "data.bands: Scene("),
+    "no number": ({"chip_size": "big"}, "data.chip_size must be a whole number above 0, got 'big'"),
+    "no size": ({"chip_size": 0}, "data.chip_size must be a whole number above 0, got 0"),
+    "no whole number": ({"split": {"block": 8.5}}, "data.split.block must be a whole number, got 8.5"),
+    "neither true nor false": ({"flips": "maybe"}, "data.flips must be true or false, got maybe"),
+    "classes without values": ({"classes": "water"}, "data.classes must be a mapping or a list, got water"),
+    "shares above 1": ({"split": {"fractions": {"train": 0.9, "val": 0.4}}}, "data.split: fractions must be positive"),
+    "a fill that is no value": ({"fill": -1}, "data: fill=-1.0 is no value of the rasters' type, uint16"),
+    "a share above 1": ({"min_valid": 2}, "data: min_valid must be a share, from 0 to 1, got 2.0"),
+    "large chips": ({"chip_size": 64}, "data: chips of 64 x 64 pixels are larger than the split's blocks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", IN_THE_FILE)
+def test_a_mistake_in_the_data_of_a_configuration_is_a_line(scene, capsys, mistake):
+    change, expected = IN_THE_FILE[mistake]
+    config = yaml.safe_load(write_config(scene).read_text())
+    write_config(scene, data={**config["data"], **change})
+    with pytest.raises(SystemExit) as exit_info:
+        run("fit", "--config", scene / "run.yaml")
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"ununennium fit: error: {expected}")
+    assert len(message.splitlines()) == 1
+
+
+def test_data_that_is_no_mapping(scene, capsys):
+    for data, shown in (("image.tif", "image.tif"), (["image.tif"], "['image.tif']")):
+        message = fails(capsys, "fit", "--config", write_config(scene, data=data))
+        assert "data must be a mapping with scenes, val_scenes, " in message
+        assert message.endswith(f"got {shown}")
+
+
+def test_settings_of_early_stopping_may_wait_for_it(scene):
+    """``--early_stopping false`` says so; without it nobody would notice that the settings do nothing."""
+    config = write_config(scene, early_stop={"patience": 3})
+    run("fit", "--config", config, "--trainer.epochs", 1, "--early_stopping", "false")
+    kept = yaml.safe_load((scene / "run" / "config.yaml").read_text())
+    assert (kept["early_stopping"], kept["early_stop"]["patience"]) == (False, 3)
+    run("validate", "--config", scene / "run" / "config.yaml")
+
+
+def test_help_can_be_read_and_has_every_option(capsys):
+    with pytest.raises(SystemExit):
+        run("fit", "--help")
+    brief = capsys.readouterr().out
+    assert len(brief.splitlines()) <= 230
+    options = {name for action in cli.fit_parser()._actions for name in action.option_strings if name[-1] != "+"} - {
+        "-h"
+    }
+    assert len(options) > 50
+    assert {name for name in options if not re.search(rf"^ .*{re.escape(name)}( |$)", brief, re.MULTILINE)} == set()
+    with pytest.raises(SystemExit):
+        run("fit", "--trainer.help")
+    full = " ".join(capsys.readouterr().out.split())
+    assert "An overflow in fp16 is neither" in full
+    assert "An overflow in fp16 is neither" not in " ".join(brief.split())
+    assert "--trainer.epochs" in full
+    assert "--checkpoint" not in full
+
+
+def read_options(*args):
+    """Return what a command line and its configuration say, as plain data."""
+    args = cli.replacing([str(arg) for arg in args])
+    parser = cli.fit_parser()
+    return yaml.safe_load(parser.dump(parser.parse_args(args)))
+
+
+def test_lists_of_the_command_line_take_the_place_of_the_configurations(scene):
+    """Entries of a list of the same length keep nothing of those that were there."""
+    ema, iou = "ununennium.training.EMACallback", "ununennium.metrics.IoU"
+    config = write_config(
+        scene,
+        callbacks=[{"class_path": ema, "init_args": {"decay": 0.9}}],
+        metrics=[{"class_path": iou, "init_args": {"num_classes": 3, "per_class": True}}],
+        preview={"rgb": ["B8"]},
+    )
+    options = read_options(
+        "--config", config, "--callbacks", f"[{ema}]", "--data.scenes", '[{"image": "other.tif"}]',
+        f'--metrics=[{{"class_path": "{iou}", "init_args": {{"num_classes": 4}}}}]', "--preview.rgb", "[B4]",
+    )  # fmt: skip
+    assert options["callbacks"][0]["init_args"]["decay"] == 0.999
+    assert options["data"]["scenes"] == [{"image": "other.tif"}]
+    assert options["metrics"][0]["init_args"]["per_class"] is False
+    assert options["preview"]["rgb"] == ["B4"]
+    added = read_options("--config", config, "--callbacks+", "ununennium.training.ProgressCallback")["callbacks"]
+    assert [each["class_path"].rpartition(".")[2] for each in added] == ["EMACallback", "ProgressCallback"]
+    assert added[0]["init_args"]["decay"] == 0.9
+
+
+def test_a_tilde_is_the_home_in_every_path(scene, monkeypatch):
+    monkeypatch.setenv("HOME", str(scene))
+    config = yaml.safe_load(write_config(scene).read_text())
+    data = {**config["data"], "scenes": [{"image": ["~/image.tif"], "label": "~/label.tif"}]}
+    logger = {"class_path": "ununennium.training.CSVLogger", "init_args": {"path": "~/log"}}
+    (scene / "away").mkdir()
+    monkeypatch.chdir(scene / "away")
+    write_config(scene, data=data, output="~/run", callbacks=[logger])
+    run("fit", "--config=~/run.yaml", "--trainer.epochs", 1)
+    assert (scene / "log").exists()
+    best = "~/run/checkpoints/best"
+    run("validate", "--config=~/run/config.yaml", "--weights", best, "--json", "~/figures.json")
+    assert (scene / "figures.json").exists()
+    run("predict", best, "~/image.tif", "~/map.tif", "--progress", "false")
+    assert (scene / "map.tif").exists()
+    run("export", best, "~/model.safetensors")
+    assert (scene / "model.safetensors").exists()
+    for weights in (best, "~/model.safetensors"):
+        assert create_model("unet_resnet18", 2, 3, weights=weights) is not None
+    assert not list((scene / "away").iterdir())
 
 
 def test_print_config_gives_a_file_that_is_taken(scene, capsys):

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from ununennium import __version__
+from ununennium._options import Parser, PartHelp, explained, replacing
 
 _CROSS_ENTROPY = {"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"ignore_index": 255}}
 _ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
@@ -36,12 +37,13 @@ def main(args: list[str] | None = None) -> None:
         With code 2, after a message on stderr, for a command line, a configuration or data that won't do; with code 1
         for a run that could not go on.
     """
-    args = sys.argv[1:] if args is None else args
-    parser = ArgumentParser(prog="ununennium", description="Training for Earth observation.", version=__version__)
+    args = replacing(sys.argv[1:] if args is None else args)
+    parser = Parser(prog="ununennium", description="Training for Earth observation.", version=__version__)
+    parser.command = next(iter(args), None)
     commands = parser.add_subcommands(dest="command")
     made: dict[str, ArgumentParser] = {}
     for name, (make, _, text) in _COMMANDS.items():  # the asked one alone: the others' options take seconds to import
-        made[name] = make() if name in args[:1] else ArgumentParser()
+        made[name] = make() if name in args[:1] else Parser()
         commands.add_subcommand(name, made[name], help=text)
     parsed = parser.parse_args(args)
     _COMMANDS[parsed.command][1](made[parsed.command], parsed[parsed.command])
@@ -57,7 +59,7 @@ def fit_parser() -> ArgumentParser:
     from ununennium.runs import ChipSettings, DataModule, ModelSettings, Schedule
     from ununennium.training import Callback, CheckpointCallback, EarlyStoppingCallback, PreviewCallback, Trainer
 
-    parser = ArgumentParser(
+    parser = Parser(
         usage="ununennium fit --config FILE [options]",
         description="Train a model. Options come from a configuration file and from the command line, which wins. A "
         "run that was interrupted goes on when it is started anew with the same output folder.",
@@ -81,11 +83,13 @@ def fit_parser() -> ArgumentParser:
     add("--trainer.distributed", type=bool | Literal["auto", "fsdp"], default="auto", help="auto: under torchrun")
     add("--callbacks", type=list[Callback] | None, default=None, help="further callbacks")
     parser.add_class_arguments(CheckpointCallback, "checkpoint", skip={"path"}, instantiate=False)
-    add("--early_stopping", type=bool, default=False, help="end when the figure of early_stop gets no better")
+    add("--early_stopping", type=bool | None, default=None, help="end when the figure of early_stop gets no better")
     parser.add_class_arguments(EarlyStoppingCallback, "early_stop", instantiate=False)
     add("--report", type=bool, default=True, help="write report.html, curves, confusion matrix and previews")
     parser.add_class_arguments(PreviewCallback, "preview", skip={"path"}, instantiate=False)
     parser.set_defaults({"checkpoint.monitor": "val_iou", "early_stop.monitor": "val_iou"})
+    for part in ("model", "trainer", "checkpoint", "early_stop", "preview"):
+        add(f"--{part}.help", action=PartHelp, help=f"all that there is to say of {part}")
     return parser
 
 
@@ -174,7 +178,7 @@ def _write_json(file: str, figures: Any) -> None:
             return {key: plain(item) for key, item in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    with whole_or_absent(Path(file)) as aside:
+    with whole_or_absent(Path(file).expanduser()) as aside:
         aside.write_text(json.dumps(plain(figures), indent=1, allow_nan=False, ensure_ascii=False), encoding="utf-8")
 
 
@@ -182,7 +186,7 @@ def predict_parser() -> ArgumentParser:
     """Return the parser of ``ununennium predict``."""
     from ununennium.prediction import predict_scene
 
-    parser = ArgumentParser(description="Map a whole scene with the model of a checkpoint.")
+    parser = Parser(description="Map a whole scene with the model of a checkpoint.")
     parser.add_argument("checkpoint", type=str, help="such as runs/latest/checkpoints/best")
     parser.add_argument("source", type=str, help="the scene: a raster, or several, separated by commas")
     parser.add_argument("destination", type=str, help="the map, a GeoTIFF to be written")
@@ -203,7 +207,7 @@ def predict(parser: ArgumentParser, options: Namespace) -> None:
 
 def export_parser() -> ArgumentParser:
     """Return the parser of ``ununennium export``."""
-    parser = ArgumentParser(
+    parser = Parser(
         description="Write the model of a checkpoint: its weights (.safetensors), a program for PyTorch (.pt2), or "
         "ONNX (.onnx). Programs take the raster's own values and are compared with the model."
     )
@@ -231,9 +235,19 @@ def _build(parser: ArgumentParser, options: Namespace, trains: bool) -> Any:
 
     options = options.clone()
     options.pop("config", None)
+    _check_early_stop(parser, options)
     config = yaml.safe_load(parser.dump(options))
     torch.manual_seed(options.seed)  # a network of one's own is made here
     return build(parser.instantiate(options), config, trains=trains)
+
+
+def _check_early_stop(parser: ArgumentParser, options: Namespace) -> None:
+    """Raise for options of early stopping where nobody said whether there is any; false leaves them for later."""
+    settings = {f"early_stop.{name}": value for name, value in vars(options.early_stop).items()}
+    given = [f"{name}={value!r}" for name, value in settings.items() if value != parser.get_default(name)]
+    if given and options.early_stopping is None:
+        raise ValueError(f"{' and '.join(given)} without early_stopping: set it to true, or leave these options out")
+    options.early_stopping = bool(options.early_stopping)
 
 
 @contextmanager
@@ -247,8 +261,11 @@ def _errors(command: str, code: int) -> Iterator[None]:
     except (*own, ValueError, TypeError, OSError, ImportError) as error:
         if code == 1 and not isinstance(error, own) and not _is_of_this_package(error):
             raise
-        notes = getattr(error, "__notes__", [])
-        print("\n".join([f"ununennium {command}: error: {error}", *notes]), file=sys.stderr)
+        notes = [*getattr(error, "__notes__", ())]
+        if command == "fit" and isinstance(error, errors.CheckpointError):
+            notes.append("To begin another run from its weights: another output, and model.weights=CHECKPOINT.")
+        text = explained(str(error)) if "\n" in str(error) else None  # of what the parser instantiates
+        print("\n".join([f"ununennium {command}: error: {text or error}", *notes]), file=sys.stderr)
         raise SystemExit(code) from error
 
 
@@ -260,7 +277,7 @@ def _is_of_this_package(error: BaseException) -> bool:
 
 def demo_parser() -> ArgumentParser:
     """Return the parser of ``ununennium demo``."""
-    parser = ArgumentParser(
+    parser = Parser(
         description="Train on a scene, validate on blocks that the training never saw, and map the whole. Without "
         "--image and --label the scene is Indian Pines: AVIRIS, 145 x 145 pixels, 200 bands, 16 classes."
     )

@@ -112,13 +112,13 @@ def run(
         If the scene or an argument won't do.
     """
     started = time.perf_counter()
-    folder = make_folder(Path(output))
+    folder = make_folder(Path(output).expanduser())
     if image is None and label is None:
         image, label = write_indian_pines(folder)
         classes = INDIAN_PINES if classes is None else classes
     if image is None or label is None:
         raise DemoError("an image needs its labels and labels their image: give both, or neither for Indian Pines")
-    scene = read_scene(Path(image), Path(label), classes, ignore_index)
+    scene = read_scene(Path(image).expanduser(), Path(label).expanduser(), classes, ignore_index)
     block = block or choose_block(scene.labels)
     held_out = hold_out(scene.labels, block)
     bands = scene.source.bands
@@ -319,7 +319,7 @@ def read_scene(
         image, label = Scene(image_path), Scene(label_path)
         check_grid(image, label)
         if len(label.bands) != 1:
-            raise DemoError(f"{label_path} has {len(label.bands)} bands; labels are one band of integer classes")
+            raise DemoError(f"{label_path} has {len(label.bands)} bands; labels are one band of integers: take it out")
         whole = Window(0, 0, *image.shape)
         bands, valid = image.read(whole)
         (raw,), labelled = label.read(whole)
@@ -335,7 +335,7 @@ def read_scene(
     values = np.unique(raw[labelled]).tolist()
     if len(values) < 2:
         found = f"only the class {values[0]}" if values else "no class at all"
-        raise DemoError(f"{label_path} holds {found} where the image has data; there must be two classes or more")
+        raise DemoError(f"{label_path} holds {found} where the image has data; label two classes or more")
     if values[0] < 0 or values[-1] >= IGNORE:
         raise DemoError(
             f"{label_path} holds labels from {values[0]} to {values[-1]}; classes lie in 0 … {IGNORE - 1}. "
@@ -376,7 +376,7 @@ def class_names(values: Sequence[int], classes: str | Sequence[str] | Mapping[st
         source = classes
         if classes.endswith(".json"):
             try:
-                classes = json.loads(Path(classes).read_text(encoding="utf-8"))
+                classes = json.loads(Path(classes).expanduser().read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise DemoError(f"class names can't be read from {source}: {error}") from error
             classes = classes.get("classes", classes) if isinstance(classes, Mapping) else classes
@@ -395,7 +395,7 @@ def class_names(values: Sequence[int], classes: str | Sequence[str] | Mapping[st
         raise DemoError(f"{source} has no name for the label values {unnamed}: it names {sorted(names)}")
     chosen = [names[value] for value in values]
     if len(set(chosen)) < len(chosen):
-        raise DemoError(f"{source} gives one name to two classes: {chosen}")
+        raise DemoError(f"{source} gives one name to two classes: {chosen}. Give each a name of its own")
     return chosen
 
 
@@ -475,7 +475,9 @@ class Whitening(nn.Module):
         variances, vectors = np.linalg.eigh(standard @ standard.T / len(places))
         kept = np.flatnonzero(variances > 1e-6 * max(variances[-1], 1e-6))[::-1][:MAX_COMPONENTS]
         if not len(kept):
-            raise DemoError("the image has the same value everywhere in the training blocks")
+            raise DemoError(
+                "the image has the same value everywhere in the training blocks: choose another image or --block"
+            )
         matrix = (vectors[:, kept] / np.sqrt(variances[kept]) / spread[:, None]).T
         return cls(torch.tensor(mean, dtype=torch.float32), torch.tensor(matrix, dtype=torch.float32))
 

@@ -47,7 +47,7 @@ def export_model(
     CheckpointError
         If there is no checkpoint, or it does not tell how its model is made.
     """
-    destination = Path(destination)
+    destination = Path(destination).expanduser()
     writers = {".safetensors": None, ".pt2": _write_program, ".onnx": _write_onnx}
     if destination.suffix not in writers:
         raise ValueError(f"{destination}: the ending says what to write, {', '.join(writers)}")
@@ -67,8 +67,8 @@ def export_model(
         distance = float((outputs - expected).abs().max()) / max(scale, 1e-12)
         if not distance <= TOLERANCE:
             raise ValueError(
-                f"the program's outputs are {distance:.2g} of the largest away from the model's (limit {TOLERANCE}): "
-                "nothing was written"
+                f"the program's outputs are {distance:.2g} of the largest away from the model's (limit {TOLERANCE}), "
+                "so nothing was written: export the weights (.safetensors), or try another ending or size"
             )
     return f"written: {destination}, whose outputs are {distance:.1g} of the largest away from the model's"
 

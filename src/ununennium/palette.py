@@ -44,5 +44,5 @@ def rgb(color: str) -> tuple[int, int, int]:
     """
     digits = color.removeprefix("#")
     if len(digits) != 6 or any(digit not in "0123456789abcdefABCDEF" for digit in digits):
-        raise ValueError(f'a colour is written "#rrggbb", got {color!r}')
+        raise ValueError(f'{color!r} is no colour: write it as "#rrggbb", such as "#1f77b4"')
     return int(digits[:2], 16), int(digits[2:4], 16), int(digits[4:], 16)

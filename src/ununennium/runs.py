@@ -3,7 +3,8 @@
 import math
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -152,8 +153,14 @@ class SceneData:
                 raise ValueError(
                     f"data.{name} has no label for scene {', '.join(unlabelled)}: give label: FILE for each"
                 )
-        training = [files.open() for files in settings.scenes]
-        validation = [files.open() for files in settings.val_scenes or ()]
+        if not settings.scenes:
+            raise ValueError("data.scenes is empty: name a scene, as {image: FILE, label: FILE}")
+        if settings.stride is not None and settings.chips_per_epoch is not None:
+            raise ValueError("data.stride is for chips on a grid: leave it or data.chips_per_epoch out")
+        training = [_opened(files, f"data.scenes[{n}]") for n, files in enumerate(settings.scenes)]
+        validation = [_opened(files, f"data.val_scenes[{n}]") for n, files in enumerate(settings.val_scenes or ())]
+        with _about("data.bands"):
+            training[0].band_indices(settings.bands)
         common: dict[str, Any] = {
             "classes": settings.classes, "ignore_index": settings.ignore_index, "ignore_values": settings.ignore_values,
         }  # fmt: skip
@@ -164,20 +171,25 @@ class SceneData:
             how = settings.split
             missing = {"train", "val"} - how.fractions.keys()
             if missing:
-                raise ValueError(f"data.split.fractions has no {' and no '.join(sorted(missing))}")
-            self.split = block_split(
-                training, how.fractions, how.block, buffer=how.buffer, seed=settings.seed, **common
-            )
+                raise ValueError(
+                    f"data.split.fractions has no {' and no '.join(sorted(missing))}: give shares for train and val"
+                )
+            with _about("data.split"):
+                self.split = block_split(
+                    training, how.fractions, how.block, buffer=how.buffer, seed=settings.seed, **common
+                )
         regions = (None, None) if self.split is None else (self.split["train"], self.split["val"])
         common["fill"] = settings.fill
-        self.train = Chips(
-            training, settings.chip_size, bands=settings.bands, region=regions[0], length=settings.chips_per_epoch,
-            stride=settings.stride, min_valid=settings.min_valid, focus=settings.focus,
-            transform=flip if settings.flips else None, **common,
-        )  # fmt: skip
-        self.val = Chips(  # its bands by name, whatever their order in the files
-            validation or training, settings.chip_size, bands=self.train.bands, region=regions[1], once=True, **common
-        )
+        with _about("data"):
+            self.train = Chips(
+                training, settings.chip_size, bands=settings.bands, region=regions[0], length=settings.chips_per_epoch,
+                stride=settings.stride, min_valid=settings.min_valid, focus=settings.focus,
+                transform=flip if settings.flips else None, **common,
+            )  # fmt: skip
+            self.val = Chips(  # its bands by name, whatever their order in the files
+                validation or training, settings.chip_size, bands=self.train.bands, region=regions[1], once=True,
+                **common,
+            )  # fmt: skip
         workers = settings.num_workers
         self._loading: dict[str, Any] = {
             "batch_size": settings.batch_size, "num_workers": workers, "persistent_workers": workers > 0,
@@ -202,14 +214,33 @@ class SceneData:
         )  # fmt: skip
 
 
+def _opened(files: SceneFiles, key: str) -> Scene:
+    with _about(key):
+        return files.open()
+
+
+@contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Name the key of the configuration that an error is about."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
 def flip(sample: dict[str, Any]) -> dict[str, Any]:
     """Return a chip flipped and turned at random, one of the eight ways; its place on the ground is left out."""
     way = int(torch.randint(8, ()))
     turned: dict[str, Any] = {}
     for name in ("image", "mask"):
         if name in sample:
-            chip = sample[name].flip(-1) if way & 4 else sample[name]
-            turned[name] = torch.rot90(chip, way & 3, (-2, -1)).contiguous()
+            given = sample[name]
+            chip = given.view(_SIGNED.get(given.dtype, given.dtype))  # torch 2.11 can't flip uint16 and wider
+            chip = chip.flip(-1) if way & 4 else chip
+            turned[name] = torch.rot90(chip, way & 3, (-2, -1)).contiguous().view(given.dtype)
     return turned
 
 
@@ -237,8 +268,10 @@ class ModelSettings:
         What to do with a band that the weights do not know: "raise", "mean" or "zero".
     arguments : dict, optional
         Further arguments of the model.
-    in_channels, num_classes : int, optional
-        Needed with a datamodule; scenes and their classes tell by themselves.
+    in_channels : int, optional
+        Needed with a datamodule; scenes tell by themselves.
+    num_classes : int, optional
+        Needed with a datamodule; the classes of scenes tell by themselves.
     """
 
     name: str = "unet_resnet18"
@@ -296,7 +329,8 @@ def build(settings: Any, config: Mapping[str, Any], *, trains: bool = True) -> R
         group.of_leader(lambda: check_config(folder, config))
     torch.manual_seed(settings.seed)
     if (settings.data is None) == (settings.datamodule is None):
-        raise ValueError("give either data, with its scenes, or a datamodule")
+        both = "both are given" if settings.data is not None else "neither is given"
+        raise ValueError(f"give either data, with its scenes, or a datamodule: {both}")
     data: SceneData | DataModule = SceneData(settings.data) if settings.data is not None else settings.datamodule
     transforms: dict[str, Any] = {} if isinstance(data, SceneData) else batch_transforms(data, group)
     measured = None

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,24 +271,32 @@ def test_bands_are_found_whatever_their_case_and_zeros(raster):
 def test_errors_name_the_file_and_the_remedy(raster, tmp_path):
     ones = np.ones((2, 4, 4), np.uint8)
     good, one = raster("good.tif", ones), raster("one.tif", ones[:1])
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.tif: there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.tif: there is no such file: correct the path"):
         Scene(tmp_path / "nowhere.tif")
+    with pytest.raises(FileNotFoundError, match=f"^nowhere.tif: there is no such file in {Path.cwd()}: correct"):
+        Scene("nowhere.tif")
     (tmp_path / "text.tif").write_text("no raster")
     with pytest.raises(OSError, match=r"text\.tif: can't be read as a raster"):
         Scene(tmp_path / "text.tif")
-    with pytest.raises(ValueError, match="at least one image file"):
+    with pytest.raises(ValueError, match="image names no file: a scene needs one"):
         Scene([])
-    with pytest.raises(ValueError, match=r"good\.tif has 2 bands: a label raster has one"):
+    with pytest.raises(
+        ValueError, match=r"good\.tif has 2 bands: a label raster has one, each pixel's class: take that out"
+    ):
         Scene(good, good)
-    with pytest.raises(ValueError, match=r"float\.tif holds values of type float32: a label raster holds integers"):
+    with pytest.raises(
+        ValueError, match=r"float\.tif holds values of type float32: a label raster holds integers, .*: convert it"
+    ):
         Scene(good, raster("float.tif", ones[:1].astype(np.float32)))
-    with pytest.raises(ValueError, match=r"complex\.tif holds values of type complex64"):
+    with pytest.raises(
+        ValueError, match=r"complex\.tif holds values of type complex64: convert it to integers or real"
+    ):
         Scene(raster("complex.tif", ones[:1].astype(np.complex64)))
-    with pytest.raises(ValueError, match=r"good\.tif: 2 bands.*: bands has 1 names"):
+    with pytest.raises(ValueError, match=r"good\.tif: 2 bands.*: bands has 1 names, \['a'\]: name each band once"):
         Scene(good, bands=["a"])
-    with pytest.raises(ValueError, match=r"more than one band is called 'B1' or 'b01'"):
+    with pytest.raises(ValueError, match=r"more than one band is called 'B1' or 'b01': give each a name of its own$"):
         Scene(good, bands=["B1", "b01"])
-    with pytest.raises(ValueError, match=r"more than one band is called 'red': name the bands with bands=…"):
+    with pytest.raises(ValueError, match=r"more than one band is called 'red': give each a name of its own, bands="):
         Scene([raster("r1.tif", ones, bands=("red", "x")), raster("r2.tif", ones, bands=("red", "y"))])
     with pytest.raises(ValueError, match=r"resampling must be one of .*, got 'smooth'"):
         Scene(good, resampling="smooth")
@@ -314,7 +323,7 @@ def test_files_of_other_places_are_refused(raster):
     ones = np.ones((1, 4, 4), np.uint8)
     here, there = raster("a.tif", ones), raster("b.tif", ones, origin=(600_000, 5_000_000), pixel=20)
     for arguments in (([here, there],), (here, there)):
-        with pytest.raises(ValueError, match=r"b\.tif does not overlap .*a\.tif: are they of the same place"):
+        with pytest.raises(ValueError, match=r"b\.tif does not overlap .*a\.tif: name rasters of one place"):
             Scene(*arguments)
     touching = raster("c.tif", ones, origin=(500_040, 5_000_000))
     with pytest.raises(ValueError, match="does not overlap"):

@@ -355,7 +355,10 @@ def test_errors(make, raster):
             {"block": 25},
             r"there are 1 blocks of 25 x 25 pixels for 3 parts, so that 'val' would be empty: choose smaller",
         ),
-        ({"block": 10, "ignore_values": (0,)}, r"no pixel of Scene\(.*image\.tif.* has data and a label"),
+        (
+            {"block": 10, "ignore_values": (0,)},
+            r"no pixel of Scene\(.*image\.tif.* has data and a label: see that .*ignore_values",
+        ),
         (
             {"block": 10, "classes": {1: "a"}},
             r"label\.tif: the label at row 0, column 0 is 0, .*none of the classes \(1\)",
@@ -366,10 +369,11 @@ def test_errors(make, raster):
     with pytest.raises(ValueError, match=r"has a label, and .* has none: give all a label, or none"):
         block_split([scene, Scene(scene.image)], PARTS, 10)
     split = block_split(scene, PARTS, 10, 6)
-    with pytest.raises(KeyError, match="the split has no part 'valid', but train, val, test"):
+    with pytest.raises(KeyError, match="the split has no part 'valid': its parts are train, val, test"):
         split["valid"]
     with pytest.raises(
-        ValueError, match=r"chips of 12 x 8 pixels are larger than the split's blocks of 10 x 10 pixels: "
+        ValueError,
+        match=r"chips of 12 x 8 pixels are larger than the split's blocks of 10 x 10 pixels: split with a b",
     ):
         Chips(scene, (12, 8), region=split["train"])
     with pytest.raises(

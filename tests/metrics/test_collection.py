@@ -241,9 +241,9 @@ def test_a_collection_can_be_copied():
     ("metrics", "error", "message"),
     [
         ([IoU(3), IoU(3, average="micro")], ValueError, "two metrics are called 'iou': pass a dict"),
-        ([IoU], TypeError, "no object with update, compute and reset"),
-        ([lambda outputs, targets: 0], TypeError, "no object with update, compute and reset"),
-        ({"a": "iou"}, TypeError, "'a' is 'iou', which is no object"),
+        ([IoU], TypeError, "must be an object with update, compute and reset, such as"),
+        ([lambda outputs, targets: 0], TypeError, "must be an object with update, compute and reset, such as"),
+        ({"a": "iou"}, TypeError, "'a' is 'iou', and must be an object with update"),
     ],
 )
 def test_what_is_no_metric_is_refused(metrics, error, message):

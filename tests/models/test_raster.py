@@ -88,19 +88,19 @@ def test_classes_have_values_and_colours_of_their_own():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"mean": None}, ValueError, "both mean and std"),
-        ({"std": None}, ValueError, "both mean and std"),
-        ({"mean": [1.0, 2.0]}, ValueError, r"mean has shape \(2,\), but there are 3 bands"),
-        ({"std": [[1.0, 2.0, 3.0]]}, ValueError, r"std has shape \(1, 3\), but there are 3 bands"),
+        ({"mean": None}, ValueError, "mean is missing: give both mean and std"),
+        ({"std": None}, ValueError, "std is missing: give both mean and std"),
+        ({"mean": [1.0, 2.0]}, ValueError, r"mean has shape \(2,\) for 3 bands: give one for each"),
+        ({"std": [[1.0, 2.0, 3.0]]}, ValueError, r"std has shape \(1, 3\) for 3 bands: give one for each"),
         ({"std": [1.0, 0.0, 1.0]}, ValueError, "std must be finite and positive"),
         ({"std": [1.0, -1.0, 1.0]}, ValueError, "std must be finite and positive"),
         ({"std": [1.0, math.nan, 1.0]}, ValueError, "std must be finite and positive"),
         ({"mean": [1.0, math.inf, 1.0]}, ValueError, "mean must be finite, but is {'B3': inf}"),
-        ({"class_values": [1]}, ValueError, "class_values has 1 entries, but there are 2 class_names"),
-        ({"class_values": [3, 3]}, ValueError, r"class_values must differ, got \[3, 3\]"),
-        ({"class_names": None, "class_values": [1]}, ValueError, "class_values has 1 entries, but there are 0"),
-        ({"colors": ["#000000"]}, ValueError, "colors has 1 entries, but there are 2 class_names"),
-        ({"colors": ["#000000", "red"]}, ValueError, "\"#rrggbb\", got 'red'"),
+        ({"class_values": [1]}, ValueError, "class_values has 1 entries for 2 class_names: give one for each"),
+        ({"class_values": [3, 3]}, ValueError, r"class_values must be another for each class, got \[3, 3\]"),
+        ({"class_names": None, "class_values": [1]}, ValueError, "class_values has 1 entries for 0 class_names"),
+        ({"colors": ["#000000"]}, ValueError, "colors has 1 entries for 2 class_names: give one for each"),
+        ({"colors": ["#000000", "red"]}, ValueError, "'red' is no colour: write it as \"#rrggbb\""),
         ({"class_names": "water"}, TypeError, "class_names must be a sequence of names, got 'water'"),
     ],
 )
@@ -112,8 +112,8 @@ def test_settings_that_do_not_fit(settings, error, message):
 @pytest.mark.parametrize(
     ("bands", "error", "message"),
     [
-        (["B2", "B3", "B2"], ValueError, "bands must be names that differ"),
-        ([], ValueError, "bands must be names that differ"),
+        (["B2", "B3", "B2"], ValueError, "bands must name each band once, and at least one"),
+        ([], ValueError, "bands must name each band once, and at least one"),
         ("VV", TypeError, "bands must be a sequence of names, got 'VV'"),
     ],
 )

@@ -62,14 +62,14 @@ def test_arguments(scene, tmp_path, options, match):
 def test_bands_that_a_raster_model_needs(scene, raster_model, tmp_path):
     with pytest.raises(ValueError, match=r"takes the bands B2, B3, B8A, and .* has red, green, blue .*Scene"):
         predict_scene(raster_model(), scene(bands=("red", "green", "blue")), tmp_path / "map.tif", **SMALL)
-    with pytest.raises(ValueError, match="bands names 2 bands, B2, B3, and the model takes 3, B2, B3, B8A"):
+    with pytest.raises(ValueError, match="bands names 2 bands, B2, B3, and the model takes 3, B2, B3, B8A: name one"):
         predict_scene(raster_model(), scene(), tmp_path / "map.tif", bands=["B2", "B3"], **SMALL)
 
 
 def test_a_destination_that_is_there_is_replaced_only_when_asked(scene, tmp_path):
     path, model = scene(), Counting()
     (tmp_path / "map.tif").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"exists already: choose another name, or .*overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"exists already: choose another name, or replace it .overwrite"):
         predict_scene(model, path, tmp_path / "map.tif", **SMALL)
     assert model.forwards == 0
     assert (tmp_path / "map.tif").read_text() == "mine"
@@ -103,9 +103,11 @@ def test_outputs_that_are_no_map(scene, tmp_path, change, options, error, match)
 
 
 def test_outputs_that_are_not_the_models_classes(scene, raster_model, tmp_path):
-    with pytest.raises(ValueError, match="the model gives 4 values a pixel, and has 5 class_names"):
+    with pytest.raises(ValueError, match="the model gives 4 values a pixel, and has 5 class_names: name as many"):
         predict_scene(raster_model(nn.Conv2d(3, 4, 1), classes=5), scene(), tmp_path / "map.tif", **SMALL)
-    with pytest.raises(ValueError, match="holds values from 0 to 65535, and class_values has -3"):
+    with pytest.raises(
+        ValueError, match="holds values from 0 to 65535, and class_values has -3: give the class a value"
+    ):
         predict_scene(raster_model(class_values=[0, 1, 2, -3]), scene(), tmp_path / "map.tif", **SMALL)
 
 

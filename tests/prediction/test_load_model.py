@@ -82,7 +82,7 @@ def test_a_network_of_ones_own_is_passed(saved, raster_model):
 def test_a_checkpoint_that_does_not_tell_its_model_says_what_to_do(saved):
     model = nn.Conv2d(3, 4, 1)
     best = saved(model, None)
-    with pytest.raises(CheckpointError, match=r"does not tell how its model is made: make the model yourself"):
+    with pytest.raises(CheckpointError, match=r"does not tell how its model is made: make the network yourself"):
         load_model(best)
     assert torch.equal(load_model(best, nn.Conv2d(3, 4, 1)).weight, model.weight)
     with pytest.raises(CheckpointError, match="is of another model"):

@@ -210,7 +210,7 @@ EMPTY = r"is empty.*no samples.*drop_last=True.*batch_size smaller"
         case("one callback", TypeError, "callbacks must be a list", r"=\[Callback\(…\)\]", callbacks=Callback()),
         case("one metric", TypeError, "metrics must be a list", r"=\[IoU\(", metrics=IoU(4), val_loader=batches()),
         case("one metric class", TypeError, "metrics must be a list", "IoU", metrics=IoU, val_loader=batches()),
-        case("a metric class", TypeError, "'iou'", "no object with update", metrics=[IoU], val_loader=batches()),
+        case("a metric class", TypeError, "'iou'", "an object with update", metrics=[IoU], val_loader=batches()),
     ],
 )  # fmt: skip
 def test_what_can_be_known_is_refused_before_the_model_runs(expected, words, kwargs):

@@ -49,7 +49,7 @@ class Classes:
             raise ValueError("classes is empty: name each class, or leave classes out to keep label values as they are")
         for what, entries in (("value", self.values), ("name", self.names)):
             if len(set(entries)) < len(entries):
-                raise ValueError(f"classes has a {what} twice: {list(entries)}")
+                raise ValueError(f"classes has a {what} twice: {list(entries)}. Give each class one of its own")
         if 0 <= self.ignore_index < len(self.values):
             raise ValueError(
                 f"ignore_index={self.ignore_index} is also the target of class {self.names[self.ignore_index]!r}: "
@@ -57,7 +57,7 @@ class Classes:
             )
         both = sorted(set(self.values) & set(self.ignored))
         if both:
-            raise ValueError(f"label value {both[0]} is a class and in ignore_values: it can only be one of them")
+            raise ValueError(f"label value {both[0]} is a class and in ignore_values: leave it out of one")
 
     def encode(
         self, labels: NDArray[np.integer[Any]], labelled: NDArray[np.bool_], scene: Scene, window: Window
@@ -85,7 +85,7 @@ class Classes:
             raise ValueError(
                 f"{scene.label}: the label at row {window.row + row}, column {window.col + col} is {value}, which is "
                 f"none of the classes ({known}) (window {tuple(window)}): name it in classes, or ignore it with "
-                f"ignore_values=({value},)"
+                f"ignore_values [{value}]"
             )
         return targets
 

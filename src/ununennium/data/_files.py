@@ -128,7 +128,8 @@ def _open(path: str, grid: Grid | None) -> tuple[Any, Any]:
 
     _bound_cache()
     if "://" not in path and not path.startswith("/vsi") and not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: there is no such file")
+        where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
+        raise FileNotFoundError(f"{path}: there is no such file{where}: correct the path")
     with _quiet, warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # the scene judges what that means
         try:

@@ -19,7 +19,7 @@ def as_scenes(scenes: Scene | Sequence[Scene]) -> tuple[Scene, ...]:
     """
     found = (scenes,) if isinstance(scenes, Scene) else tuple(scenes)
     if not found:
-        raise ValueError("there is no scene")
+        raise ValueError("there is no scene: pass one or several, as Scene(image, label)")
     for scene in found:
         if not isinstance(scene, Scene):
             raise TypeError(f"scenes must be of type Scene, got {scene!r}: write Scene(image, label)")

@@ -140,7 +140,7 @@ class Chips(Dataset[Sample]):
         if region is not None and max(self.size) > region.block:
             raise ValueError(
                 f"chips of {self.size[0]} x {self.size[1]} pixels are larger than the split's blocks of "
-                f"{region.block} x {region.block} pixels: split with block={max(self.size)} or more"
+                f"{region.block} x {region.block} pixels: split with a block of {max(self.size)} or more"
             )
         self._places = [
             Places(scene.shape, self.size, None if region is None else region.blocks_of(scene)) for scene in self.scenes
@@ -154,7 +154,9 @@ class Chips(Dataset[Sample]):
             self._counted = _overlaps(self._grid, self.size) if once else {}
         else:
             if once:
-                raise ValueError("once is for chips on a grid; random ones overlap as they fall")
+                raise ValueError(
+                    "once is for chips on a grid, and random ones overlap as they fall: leave once or length out"
+                )
             if length < 1:
                 raise ValueError(f"length must be at least 1, got {length}")
             self._length = int(length)
@@ -189,7 +191,8 @@ class Chips(Dataset[Sample]):
         where = "" if self.region is None else f" in part {self.region.name!r}"
         if self.min_valid > 0:
             return ValueError(
-                f"no chip of {size} pixels{where} is valid in a share of {self.min_valid:g} of its pixels"
+                f"no chip of {size} pixels{where} is valid in a share of {self.min_valid:g} of its pixels: lower "
+                "min_valid, or see that nodata and ignored values are right"
             )
         return ValueError(
             f"no chip of {size} pixels on a grid fits{where}: draw chips at random with length=…, or split with larger "
@@ -203,9 +206,11 @@ class Chips(Dataset[Sample]):
         found = ClassPixels(self._targets(), self._classes, None if targets is None else list(targets)).pixels
         for target, given in (targets or {}).items():
             if target not in found:
-                raise ValueError(f"no chip can have a pixel of class {given!r}, which focus_classes asks for")
+                raise ValueError(f"no chip can have a pixel of class {given!r}: leave it out of focus_classes")
         if not found:
-            raise ValueError("no chip can have a labelled pixel, so that there is no class to focus on")
+            raise ValueError(
+                "no chip can have a labelled pixel, so that there is no class to focus on: leave focus out"
+            )
         return found
 
     def _target_of(self, wanted: str | int) -> int:
@@ -255,7 +260,9 @@ class Chips(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Any:
         if not -self._length <= index < self._length:
-            raise IndexError(f"chip {index} of {self._length}")
+            raise IndexError(
+                f"there is no chip {index}: the {self._length} chips have the indices 0 to {self._length - 1}"
+            )
         if self._grid is not None:
             number, row, col = self._grid[index].tolist()
             window = Window(row, col, *self.size)
@@ -360,7 +367,7 @@ def _pair(what: str, value: int | tuple[int, int]) -> tuple[int, int]:
 
 def _share(what: str, value: float) -> float:
     if not 0 <= value <= 1:
-        raise ValueError(f"{what} is a share, from 0 to 1, got {value!r}")
+        raise ValueError(f"{what} must be a share, from 0 to 1, got {value!r}")
     return float(value)
 
 

@@ -99,9 +99,9 @@ class Scene:
     ) -> None:
         paths = [image] if isinstance(image, (str, os.PathLike)) else list(image)
         if not paths:
-            raise ValueError("a scene needs at least one image file")
-        self.image = tuple(os.fspath(path) for path in paths)
-        self.label = None if label is None else os.fspath(label)
+            raise ValueError("image names no file: a scene needs one, or several for its bands")
+        self.image = tuple(os.path.expanduser(path) for path in paths)
+        self.label = None if label is None else os.path.expanduser(label)
         _check_resampling(resampling)
         files = [_File(path) for path in self.image]
         finest = _finest(files)
@@ -127,11 +127,11 @@ class Scene:
 
     def _check_bands(self, given: bool) -> None:
         if len(self.bands) != len(self._places):
-            raise ValueError(f"{self}: bands has {len(self.bands)} names")
+            raise ValueError(f"{self}: bands has {len(self.bands)} names, {list(self.bands)}: name each band once")
         keys = [_key(name) for name in self.bands]
         twice = sorted({name for name, key in zip(self.bands, keys, strict=True) if keys.count(key) > 1})
         if twice:
-            remedy = "" if given else ": name the bands with bands=…"
+            remedy = ": give each a name of its own" + ("" if given else ", bands=[…]")
             raise ValueError(f"{self}: more than one band is called {' or '.join(map(repr, twice))}{remedy}")
 
     def band_indices(self, bands: Sequence[str | int] | None = None) -> tuple[int, ...]:
@@ -269,11 +269,13 @@ class _File:
         self.numbers = [n for n in dataset.indexes if interpretations[n - 1] != "alpha"]
         self._alpha = interpretations.index("alpha") + 1 if "alpha" in interpretations else None
         if not self.numbers:
-            raise ValueError(f"{path} has no band but alpha")
+            raise ValueError(
+                f"{path} has no band but alpha, which says where there is data: name a raster with an image"
+            )
         dtypes = {dataset.dtypes[n - 1] for n in self.numbers}
         self.dtype = np.result_type(*map(np.dtype, dtypes))
         if self.dtype.kind not in "uif":
-            raise ValueError(f"{path} holds values of type {self.dtype}: integers or real numbers are needed")
+            raise ValueError(f"{path} holds values of type {self.dtype}: convert it to integers or real numbers")
         self.descriptions = [dataset.descriptions[n - 1] for n in self.numbers]
         self.nodata = next(
             (dataset.nodatavals[n - 1] for n in self.numbers if dataset.nodatavals[n - 1] is not None), None
@@ -302,7 +304,7 @@ class _File:
                     f"--transform … {file.path}`"
                 )
         if not self._reaches(target):
-            raise ValueError(f"{self.path} does not overlap {target.path}: are they of the same place?")
+            raise ValueError(f"{self.path} does not overlap {target.path}: name rasters of one place")
         transform = tuple(target.transform)[:6]
         fills = self._nodata[self.numbers[0]] is not None or (self.nodata is not None and self.dtype.kind == "f")
         self.grid = Grid(target.crs.to_wkt(), transform, *target.shape, resampling, alpha=not fills)
@@ -325,7 +327,8 @@ class _File:
             if not _is_of_rasterio(error):
                 raise
             raise OSError(
-                f"{self.path}: rows {row} to {row + height}, columns {col} to {col + width} can't be read: {error}"
+                f"{self.path}: rows {row} to {row + height}, columns {col} to {col + width} can't be read: {error}. If "
+                "the file is damaged, copy it anew or leave it out"
             ) from error
         for values, number in zip(out, numbers, strict=True):
             nodata = self._nodata[number]
@@ -393,9 +396,13 @@ def _bounds(file: _File) -> tuple[float, float, float, float]:
 def _label_file(path: str, target: _File) -> _File:
     file = _File(path)
     if len(file.numbers) != 1:
-        raise ValueError(f"{path} has {len(file.numbers)} bands: a label raster has one, with each pixel's class")
+        raise ValueError(
+            f"{path} has {len(file.numbers)} bands: a label raster has one, each pixel's class: take that out of it"
+        )
     if file.dtype.kind == "f":
-        raise ValueError(f"{path} holds values of type {file.dtype}: a label raster holds integers, each a class")
+        raise ValueError(
+            f"{path} holds values of type {file.dtype}: a label raster holds integers, each a class: convert it"
+        )
     file.put_on(target, "nearest")
     return file
 

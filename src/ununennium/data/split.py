@@ -103,7 +103,7 @@ class Split(Saved, Mapping[str, Region]):
 
     def __getitem__(self, name: str) -> Region:
         if name not in self.fractions:
-            raise KeyError(f"the split has no part {name!r}, but {', '.join(self.fractions)}")
+            raise KeyError(f"the split has no part {name!r}: its parts are {', '.join(self.fractions)}")
         return Region(self, name)
 
     def __iter__(self) -> Iterator[str]:
@@ -251,7 +251,10 @@ def block_split(
         )
     pixels, by_target = _count(groups, tables, block, meaning, bands)
     if not pixels.any():
-        raise ValueError(f"no pixel of {scenes[0]}{' and the others' if len(scenes) > 1 else ''} has data and a label")
+        raise ValueError(
+            f"no pixel of {scenes[0]}{' and the others' if len(scenes) > 1 else ''} has data and a label: see that the "
+            "files' nodata values, ignore_index and ignore_values are right"
+        )
     given = assign(np.stack([pixels, *by_target.values()], axis=1), shares, int(seed))
     for table, start in zip(tables, _starts(tables), strict=True):
         present = table >= 0

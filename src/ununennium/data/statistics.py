@@ -84,7 +84,8 @@ class BandStatistics(Saved):
         for what in ("bands", "dtype"):
             if getattr(self, what) != getattr(other, what):
                 raise ValueError(
-                    f"statistics differ in {what}: {getattr(self, what)} and {getattr(other, what)} can't be merged"
+                    f"statistics differ in {what}: {getattr(self, what)} and {getattr(other, what)} can't be "
+                    "merged: measure the same bands of rasters of one type"
                 )
         if other.count == 0:
             return
@@ -127,7 +128,7 @@ class BandStatistics(Saved):
     def percentile(self, q: float) -> tuple[float, ...]:
         """Return the q-th percentile of each band, q from 0 to 100, interpolated as `numpy.percentile` does."""
         if not 0 <= q <= 100:
-            raise ValueError(f"a percentile is from 0 to 100, got {q!r}")
+            raise ValueError(f"q must be a percentage, from 0 to 100, got {q!r}")
         if self.count == 0:
             return (math.nan,) * len(self.bands)
         place = q / 100 * (self.count - 1)
@@ -227,7 +228,10 @@ def band_statistics(data: Chips | Scene | Sequence[Scene], bands: Sequence[str |
     for values in _values_of(data, scenes, names):
         found.update(values.astype(dtype, copy=False))
     if found.count == 0:
-        raise ValueError(f"no pixel of {scenes[0]}{' and the others' if len(scenes) > 1 else ''} has data in all bands")
+        raise ValueError(
+            f"no pixel of {scenes[0]}{' and the others' if len(scenes) > 1 else ''} has data in all of the bands "
+            f"{', '.join(names)}: leave out bands without data, or correct the files' nodata value"
+        )
     return found
 
 

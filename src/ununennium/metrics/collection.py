@@ -50,7 +50,10 @@ class MetricCollection:
         self._sources: list[Metric | Source] = []
         for name, metric in named:
             if isinstance(metric, type) or not isinstance(metric, Metric):
-                raise TypeError(f"metric {name!r} is {metric!r}, which is no object with update, compute and reset")
+                raise TypeError(
+                    f"metric {name!r} is {metric!r}, and must be an object with update, compute and reset, such as "
+                    "IoU(num_classes=3)"
+                )
             if name in self._metrics:
                 raise ValueError(
                     f'two metrics are called {name!r}: pass a dict to name them, metrics={{"{name}": …, "{name}_2": …}}'
@@ -169,7 +172,9 @@ class MetricCollection:
             If it is of other metrics.
         """
         if state["names"] != list(self._metrics) or len(state["states"]) != len(self._sources):
-            raise ValueError(f"the counts are of the metrics {state['names']}, these are {list(self._metrics)}")
+            raise ValueError(
+                f"the counts are of the metrics {state['names']}, these are {list(self._metrics)}: pass the same"
+            )
         for source, of_source in zip(self._sources, state["states"], strict=True):
             _take_over(source, of_source)
 

@@ -190,18 +190,21 @@ class ConfusionMatrix:
         if not outputs.is_floating_point():
             if outputs.shape != targets.shape:
                 raise ValueError(
-                    f"integer predictions {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape"
+                    f"integer predictions {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape: "
+                    "give a class for each pixel in both"
                 )
             return
         shape = (outputs.shape[0], *outputs.shape[2:])
         channels = outputs.shape[1] if outputs.ndim > 1 else 0
         if targets.shape != shape and not (channels == 1 and targets.shape == outputs.shape):
             raise ValueError(
-                f"outputs of shape {tuple(outputs.shape)} need targets of shape {shape}, got {tuple(targets.shape)}"
+                f"outputs of shape {tuple(outputs.shape)} need targets of shape {shape}, got {tuple(targets.shape)}: "
+                "give a class for each pixel, as masks.squeeze(1) or masks.argmax(1) does"
             )
         if channels != self.num_classes and not (channels == 1 and self.num_classes == 2):
             raise ValueError(
-                f"the outputs have {channels} channels, but the metric was made for num_classes={self.num_classes}"
+                f"the outputs have {channels} channels, but the metric was made for num_classes={self.num_classes}: "
+                "make it, or the model, with as many classes as the other"
             )
 
     def _predictions(self, outputs: Tensor) -> Tensor:

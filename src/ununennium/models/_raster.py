@@ -81,20 +81,22 @@ class RasterModel(nn.Module):
         self.colors = tuple(palette(num_classes)) if colors is None else tuple(colors)
         self.ignore_index = int(ignore_index)
         if len(set(self.bands)) < len(self.bands) or not self.bands:
-            raise ValueError(f"bands must be names that differ, got {list(self.bands)}")
+            raise ValueError(f"bands must name each band once, and at least one, got {list(self.bands)}")
         for what, entries in (("class_values", self.class_values), ("colors", self.colors)):
             if len(entries) != num_classes:
-                raise ValueError(f"{what} has {len(entries)} entries, but there are {num_classes} class_names")
+                raise ValueError(f"{what} has {len(entries)} entries for {num_classes} class_names: give one for each")
         if len(set(self.class_values)) < num_classes:
-            raise ValueError(f"class_values must differ, got {list(self.class_values)}")
+            raise ValueError(f"class_values must be another for each class, got {list(self.class_values)}")
         for color in self.colors:
             rgb(color)
         if (mean is None) != (std is None):
-            raise ValueError("give both mean and std, or neither")
+            raise ValueError(f"{'std' if std is None else 'mean'} is missing: give both mean and std, or neither")
         for what, given, neutral in (("mean", mean, 0.0), ("std", std, 1.0)):
             values = torch.full((len(self.bands),), neutral) if given is None else torch.as_tensor(given)
             if values.shape != (len(self.bands),):
-                raise ValueError(f"{what} has shape {tuple(values.shape)}, but there are {len(self.bands)} bands")
+                raise ValueError(
+                    f"{what} has shape {tuple(values.shape)} for {len(self.bands)} bands: give one for each"
+                )
             sound = values.isfinite() & ((values > 0) if what == "std" else True)
             if not sound.all():
                 wrong = {band: float(v) for band, v, fine in zip(self.bands, values, sound, strict=True) if not fine}
@@ -115,7 +117,7 @@ class RasterModel(nn.Module):
         if images.ndim != 4 or images.shape[1] != len(self.bands):
             raise ValueError(
                 f"images must be (B, {len(self.bands)}, H, W) for the bands {', '.join(self.bands)}, "
-                f"got {tuple(images.shape)}"
+                f"got {tuple(images.shape)}: give a batch of chips with these bands, in this order"
             )
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         return self.network((images.to(mean.dtype) - mean) / std)

@@ -140,17 +140,19 @@ def is_checkpoint(weights: str | os.PathLike[str] | None) -> bool:
     """Return whether weights are a path to a safetensors file or to a checkpoint's folder."""
     if weights is None:
         return False
-    return not isinstance(weights, str) or weights.endswith(".safetensors") or os.path.isfile(Path(weights) / _MANIFEST)
+    if not isinstance(weights, str) or weights.endswith(".safetensors"):
+        return True
+    return (Path(weights).expanduser() / _MANIFEST).is_file()
 
 
 def _find(design: Design, weights: str | os.PathLike[str]) -> Source:
     if is_checkpoint(weights):
-        return _of_checkpoint(Path(weights))
+        return _of_checkpoint(Path(weights).expanduser())
     name = str(weights)
     if (called := _TORCHGEO_NAME.fullmatch(name)) and not os.path.exists(name):
         return _of_torchgeo(design, *called.groups())
     if "/" in name or os.path.exists(name):
-        return _of_checkpoint(Path(name))
+        return _of_checkpoint(Path(name).expanduser())
     known = ", ".join(design.tags()) or "none"
     raise ValueError(
         f"Unknown weights {name!r} for the encoder {design.encoder!r}; known: {known}. Weights may also be one of "

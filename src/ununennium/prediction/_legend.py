@@ -25,7 +25,10 @@ def class_values(model: nn.Module, channels: int) -> list[int]:
     values = list(model.class_values) if isinstance(model, RasterModel) and named else list(range(channels))
     for value in values:
         if not 0 <= value <= _MOST:
-            raise ValueError(f"a map of classes holds values from 0 to {_MOST}, and class_values has {value}")
+            raise ValueError(
+                f"a map of classes holds values from 0 to {_MOST}, and class_values has {value}: give the class a "
+                'value that it holds, or predict "probabilities"'
+            )
     return values
 
 

@@ -55,7 +55,7 @@ def load_model(
     config = contents.info.get("model")
     if config is None and network is None:
         raise CheckpointError(
-            f"{path} does not tell how its model is made: make the model yourself and pass it, "
+            f"{path} does not tell how its model is made: make the network yourself and pass it in Python, "
             "load_model(checkpoint, network), or train a RasterModel or a model of create_model, whose checkpoints do"
         )
     settings = dict(config or {})
@@ -164,6 +164,9 @@ class Network:
                 "value itself"
             )
         if self.channels is not None and channels != self.channels:
-            raise ValueError(f"the model gives {channels} values a pixel, and has {self.channels} class_names")
+            raise ValueError(
+                f"the model gives {channels} values a pixel, and has {self.channels} class_names: name as many classes "
+                "as its network gives"
+            )
         checked: Tensor = outputs
         return checked

@@ -137,7 +137,7 @@ def predict_scene(
     device = resolve_device(join(None, device) if distributed else device)
     group = group_on(device, distributed)
     precision = Precision(mixed_precision, device)
-    destination = Path(destination)
+    destination = Path(destination).expanduser()
     threads = threads or torch.get_num_threads()
     with ExitStack() as stack:
         job = all_do(group, lambda: _Job(model, source, bands, destination, overwrite, averaged))
@@ -190,7 +190,7 @@ class _Job:
             if bands is not None and len(bands) != len(wanted):
                 raise ValueError(
                     f"bands names {len(bands)} bands, {', '.join(bands)}, and the model takes {len(wanted)}, "
-                    f"{', '.join(wanted)}"
+                    f"{', '.join(wanted)}: name one of the source for each of these, in this order"
                 )
         self.bands = self._places(wanted if bands is None else bands)
 
@@ -200,8 +200,8 @@ class _Job:
         except ValueError as error:
             raise ValueError(
                 f"the model takes the bands {', '.join(names)}, and {self.scene.image[0]} has "
-                f"{', '.join(self.scene.bands)} ({error}): name the source's bands with Scene(path, bands=[…]), or say "
-                "with bands=[…] which of them the model is to take, in its order"
+                f"{', '.join(self.scene.bands)} ({error}): say with bands, [B4, B8] for example, which of them the "
+                "model is to take, in its order, or name the source's with Scene(path, bands=[…])"
             ) from error
 
 
@@ -305,7 +305,7 @@ class _Painter:
                 raise NonFiniteError(
                     f"the model gives no finite value at row {top + row}, column {left + column} of the scene, which "
                     "has data there: see that its weights are finite and the source's values are those it was trained "
-                    'on, and use mixed_precision="bf16" or False if it is fp16 that overflows'
+                    "on, and set mixed_precision to bf16 or false if it is fp16 that overflows"
                 )
             np.copyto(painted, values if self._values is None else self._values[values], where=valid)
         self._pixels.write(top, left, painted)
@@ -370,7 +370,7 @@ def _check_destination(destination: Path, scene: Scene, overwrite: bool) -> None
     if not destination.exists():
         return
     if not overwrite:
-        raise FileExistsError(f"{destination} exists already: choose another name, or replace it with overwrite=True")
+        raise FileExistsError(f"{destination} exists already: choose another name, or replace it (overwrite)")
     for path in scene.image:
         if os.path.exists(path) and os.path.samefile(path, destination):
             raise ValueError(f"{destination} is the source itself: give the map a name of its own")

@@ -34,8 +34,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if not here:
         found = ", ".join(f"{name}:{i}" for name, n in there.items() for i in range(n))
         raise ValueError(
-            f"device {str(resolved)!r} is not on this machine, which has {found}: use one of these, or device=None for "
-            "the best one there is"
+            f"device {str(resolved)!r} is not on this machine, which has {found}: use one of these, or leave device "
+            "out for the best one there is"
         )
     return resolved
 
@@ -209,7 +209,7 @@ def make_floats(logs: dict[str, Any]) -> None:
                 logs[name] = float(value)
             except (TypeError, ValueError) as error:
                 raise TypeError(
-                    f"the logs hold numbers, but a callback has set {name!r} to {describe(value)}"
+                    f"the logs hold numbers, but a callback has set {name!r} to {describe(value)}: give a float"
                 ) from error
 
 

@@ -338,7 +338,10 @@ def _name_of_start(store: Any, rank: int, size: int) -> str:
             elif store.check([f"call/{other}"]):
                 store.set(store.get(f"call/{other}").decode(), name)  # of this start or of one that is gone
         if time.monotonic() > deadline:
-            raise ProcessError(f"of {size} processes {len(missing)} did not come: {sorted(missing)}, counted from 0")
+            raise ProcessError(
+                f"of {size} processes {len(missing)} did not come ({sorted(missing)}, counted from 0): see in their "
+                "output what they ended of or wait for, and start all again"
+            )
         time.sleep(0.002)
     return name
 

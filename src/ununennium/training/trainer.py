@@ -491,18 +491,19 @@ class Trainer:
                 f"{self.state.open_batches} batches have gone into gradients that no optimizer step has used yet, and "
                 "a checkpoint does not hold gradients: save where trainer.state.open_batches is 0"
             )
+        path = Path(path).expanduser()
         contents = checkpoint.gather(self._run())
         share = None
         if self._group.sharded is not None and self.world_size > 1:
-            aside = self._group.of_leader(lambda: checkpoint.begin(Path(path)))
+            aside = self._group.of_leader(lambda: checkpoint.begin(path))
             share = checkpoint.Share(self.rank, self.world_size, aside)
         if share is None and not self._group.leads:
-            return Path(path)
+            return path
         writer = checkpoint.Writer() if wait else self._writer
-        writer.save(Path(path), contents, done if self._group.leads else None, share)
+        writer.save(path, contents, done if self._group.leads else None, share)
         if wait:
             writer.wait()
-        return Path(path)
+        return path
 
     def prepare_save(self) -> None:
         """Have the memory ready that ``save(…, wait=False)`` needs, so that none of them has to wait for it."""
@@ -662,7 +663,8 @@ class Trainer:
             for name, value in other.items():
                 if value != own[name]:
                     raise ProcessError(
-                        f"{name} is {own[name]!r} in process {self.rank} and {value!r} in process {rank}"
+                        f"{name} is {own[name]!r} in process {self.rank} and {value!r} in process {rank}: "
+                        "pass the same to all"
                     )
 
     def _observe(self, result: BatchResult, training: bool, counts: bool = True) -> None:

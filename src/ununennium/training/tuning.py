@@ -74,7 +74,7 @@ class LRRange:
         """Draw the losses over the rates to an image file, whose ending says which kind."""
         from matplotlib.figure import Figure
 
-        path = Path(path)
+        path = Path(path).expanduser()
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         axes.plot(self.rates, self.losses, color="0.75", linewidth=1, label="loss")

@@ -103,7 +103,7 @@ def test_a_scheduler_over_another_optimizer_is_refused(scripted):
     ("arguments", "message"),
     [
         ({"step_on": "step"}, '"epoch" or "batch"'),
-        ({"monitor": "val_loss"}, "monitor is for ReduceLROnPlateau"),
+        ({"monitor": "val_loss"}, "monitor is for ReduceLROnPlateau, leave it out"),
     ],
 )
 def test_bad_arguments(arguments, message):

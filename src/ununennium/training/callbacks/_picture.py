@@ -223,7 +223,7 @@ def channels_of(rgb: Sequence[str | int] | None, bands: Sequence[str] | None, co
             found.append(band)
         else:
             have = f"the bands are {', '.join(known)}" if known else f"there are {count} channels without names"
-            raise ValueError(f"rgb has {band!r}, but {have}")
+            raise ValueError(f"rgb has {band!r}, but {have}: name one of these")
     return found
 
 

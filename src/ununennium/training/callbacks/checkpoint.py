@@ -40,8 +40,10 @@ class CheckpointCallback(Callback):
         Save, as ``last``, also inside epochs: after every so many optimizer steps of the run.
     every_n_seconds : float, optional
         The same, after the first optimizer step for which the last save is so long ago.
-    keep_last, keep_best : int, default 1
-        How many of the newest, and of the best, to keep.
+    keep_last : int, default 1
+        How many of the newest to keep.
+    keep_best : int, default 1
+        How many of the best to keep.
 
     Attributes
     ----------
@@ -77,7 +79,7 @@ class CheckpointCallback(Callback):
                 raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
         if every_n_seconds is not None and not every_n_seconds > 0:
             raise ValueError(f"every_n_seconds must be above 0, got {every_n_seconds!r}")
-        self.path = Path(path).absolute()  # wherever the process goes meanwhile
+        self.path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile
         self.monitor = monitor
         self.mode = mode
         self.save_best_only = save_best_only

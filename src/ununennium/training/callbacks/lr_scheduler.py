@@ -49,7 +49,9 @@ class LRSchedulerCallback(Callback):
         if plateau and step_on == "batch":
             raise ValueError('ReduceLROnPlateau looks at the figures of an epoch: use step_on="epoch"')
         if monitor is not None and not plateau:
-            raise ValueError(f"{type(scheduler).__name__} looks at no figure: monitor is for ReduceLROnPlateau")
+            raise ValueError(
+                f"{type(scheduler).__name__} looks at no figure: monitor is for ReduceLROnPlateau, leave it out"
+            )
         self.scheduler = scheduler
         self._made = _settings_of(scheduler)
         self.step_on = step_on

@@ -50,8 +50,10 @@ class PreviewCallback(Callback):
     rgb : sequence of str or int, optional
         The three bands to show as red, green and blue, or the one to show in grey, by name or number of the channel.
         By default those that `ununennium.plots.rgb_bands` finds by name.
-    class_names, colors : sequence of str, optional
-        Of the classes; by default those of model, dataset or metrics, and a palette for the colour-blind.
+    class_names : sequence of str, optional
+        Of the classes; by default those of model, dataset or metrics.
+    colors : sequence of str, optional
+        Of the classes; by default the model's, or a palette for the colour-blind.
 
     Attributes
     ----------
@@ -89,7 +91,7 @@ class PreviewCallback(Callback):
             raise ValueError(f"rgb must name three bands, or one for a grey picture, got {rgb!r}")
         if isinstance(samples, Sequence) and not samples:
             raise ValueError("samples is empty: give a number, or indices of the validation dataset")
-        self.path = Path(path).absolute()
+        self.path = Path(path).expanduser().absolute()
         self.every_n_epochs = every_n_epochs
         self.samples = samples
         self.bands = None if bands is None else tuple(bands)

@@ -103,7 +103,10 @@ class SWACallback(WeightAverage):
         """Go on where the run was left, with the raw weights."""
         groups = len(trainer.optimizer.param_groups)
         if isinstance(self.swa_lr, list) and len(self.swa_lr) != groups:
-            raise ValueError(f"swa_lr has {len(self.swa_lr)} rates, and the optimizer {groups} parameter groups")
+            raise ValueError(
+                f"swa_lr has {len(self.swa_lr)} rates, and the optimizer {groups} parameter groups: give one rate for "
+                "all, or one for each"
+            )
         if self.start_epoch >= trainer.epochs:
             raise ValueError(
                 f"start_epoch={self.start_epoch} leaves no epoch of {trainer.epochs} to average: start earlier, at "

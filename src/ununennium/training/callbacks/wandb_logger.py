@@ -64,7 +64,7 @@ class WandbLogger(Logger):
     ) -> None:
         super().__init__(every_n_steps)
         check_installed(self, "wandb", "wandb")
-        self.path = Path(path).absolute()  # wherever the process goes meanwhile
+        self.path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile
         self.options = {"project": project, "name": name, "mode": mode, **options}
         self._logged: Any = None  # W&B's run
 

@@ -214,7 +214,9 @@ def _locked(path: Path) -> int:
                 "end it, or give this run a folder of its own"
             ) from error
         except OSError as error:
-            warnings.warn(f"{path.parent} can't be locked against other runs ({error.strerror})", stacklevel=4)
+            warnings.warn(
+                f"{path.parent} can't be locked ({error.strerror}): see that no other run writes to it", stacklevel=4
+            )
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break

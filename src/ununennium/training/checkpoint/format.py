@@ -64,7 +64,7 @@ def begin(path: Path) -> Path:
         If there is something at ``path`` already.
     """
     if path.exists():
-        raise FileExistsError(f"{path} exists already; a checkpoint's name is never reused")
+        raise FileExistsError(f"{path} exists already, and a checkpoint's name is never reused: choose another")
     os.makedirs(path.parent, exist_ok=True)
     aside = path.parent / f"{ASIDE}{path.name}-{secrets.token_hex(4)}"
     os.mkdir(aside)
@@ -120,7 +120,7 @@ def read(path: str | Path) -> Contents:
     CheckpointError
         If it was written by a newer version.
     """
-    folder = Path(path).resolve()
+    folder = Path(path).expanduser().resolve()
     manifest = manifest_of(folder)
     newest = max(FORMAT, AVERAGING_FORMAT)
     if manifest["format"] > newest:
@@ -193,7 +193,7 @@ def export_weights(path: str | Path, destination: str | Path, *, averaged: bool 
     """
     from safetensors.torch import save
 
-    destination = Path(destination)
+    destination = Path(destination).expanduser()
     if destination.exists():
         raise FileExistsError(f"{destination} exists: name another file, or remove it")
     contents = chosen(read(path), averaged)

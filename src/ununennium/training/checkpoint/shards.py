@@ -78,7 +78,9 @@ def assemble(files: Iterable[bytes]) -> dict[str, Tensor]:
             missing[name] -= block.numel()
     for name, count in missing.items():
         if count:
-            raise DamagedCheckpointError(f"{count} elements of {name} are missing")
+            raise DamagedCheckpointError(
+                f"{count} elements of {name} are missing: put the files of all processes into one folder"
+            )
     return tensors
 
 

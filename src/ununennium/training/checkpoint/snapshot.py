@@ -230,14 +230,15 @@ def matched_weights(contents: Contents, model: nn.Module) -> dict[str, Any]:
     missing, unexpected = inner.keys() - there.keys(), there.keys() - inner.keys()
     if missing or unexpected:
         raise CheckpointError(
-            f"the checkpoint is of another model: it lacks {_some(missing)}, and the model has no {_some(unexpected)}"
+            f"the checkpoint is of another model: it lacks {_some(missing)}, and the model has no {_some(unexpected)}: "
+            "make the model with the arguments that it was trained with"
         )
     weights = {prefix + inner[name]: value for name, value in there.items()}
     for name, value in sorted(weights.items()):
         if isinstance(value, Tensor) and value.shape != own[name].shape:
             raise CheckpointError(
                 f"the checkpoint is of another model: {name} has shape {tuple(value.shape)} there and "
-                f"{tuple(own[name].shape)} in the model"
+                f"{tuple(own[name].shape)} in the model: make it with the arguments that it was trained with"
             )
     return weights
 
@@ -306,7 +307,8 @@ def _optimizer_groups(saved: dict[str, Any], optimizer: torch.optim.Optimizer, n
         here = {name for group in own for name in group}
         raise CheckpointError(
             f"the optimizer's parameter groups are not the checkpoint's: only there {_some(there - here)}, only here "
-            f"{_some(here - there)}, {len(saved['groups'])} groups there and {len(own)} here"
+            f"{_some(here - there)}, {len(saved['groups'])} groups there and {len(own)} here: make it with the same, "
+            "or take the weights alone with Trainer.load_weights"
         )
     parameters = _parameters(optimizer)
     index = {name: i for i, name in enumerate(name for group in own for name in group)}

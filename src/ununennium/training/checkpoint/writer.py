@@ -154,7 +154,9 @@ class Writer:
         strange: dict[str, Tensor] = {}
         info = pack(contents.info, strange, "info")
         if strange:
-            raise TypeError(f"{next(iter(strange))} is no plain number, which the manifest holds")
+            raise TypeError(
+                f"{next(iter(strange))} is a tensor, and the manifest holds plain numbers: give it as a float"
+            )
         pieces = _pieces_of(contents, tensors, share.rank)
         self._make_room(*pieces.values())
         places: dict[str, _Places] = {}
@@ -222,7 +224,10 @@ class Writer:
         """Wait until another process has written its part, and return what it says of it."""
         while (told := share.told_by(rank)) is None:
             if time.monotonic() > self._patience:
-                raise CheckpointError(f"process {rank} did not write its part: another process of this run has ended")
+                raise CheckpointError(
+                    f"process {rank} did not write its part, as another process of this run has ended: see in its "
+                    "output why, and start the run again"
+                )
             time.sleep(0.005)
         if "error" in told:
             raise CheckpointError(f"process {rank} could not write its part: {told['error']}")
