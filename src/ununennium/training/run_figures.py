@@ -42,7 +42,7 @@ class RunFigures:
         device: torch.device,
         finite_only: bool,
     ) -> None:
-        self.known = metrics is not None
+        self.known: bool = metrics is not None
         self._given = metrics
         self._loss_fn = loss_fn
         self._device = device
@@ -96,7 +96,8 @@ class RunFigures:
 
     def _make(self, metrics: Sequence[Metric] | Mapping[str, Metric]) -> None:
         train, val = (MetricCollection(metrics).to(self._device) for _ in range(2))
-        self.train, self.val = Figures("train_", train, self._finite_only), Figures("val_", val)
+        self.train: Figures = Figures("train_", train, self._finite_only)
+        self.val: Figures = Figures("val_", val)
 
 
 def num_classes(outputs: Any, targets: Any) -> int:
