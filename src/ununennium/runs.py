@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -213,8 +214,9 @@ def flip(sample: dict[str, Any]) -> dict[str, Any]:
     turned: dict[str, Any] = {}
     for name in ("image", "mask"):
         if name in sample:
-            chip = sample[name].flip(-1) if way & 4 else sample[name]
-            turned[name] = torch.rot90(chip, way & 3, (-2, -1)).contiguous()
+            chip = sample[name].numpy()  # older PyTorch can't turn uint16
+            chip = np.rot90(chip[..., ::-1] if way & 4 else chip, way & 3, (-2, -1))
+            turned[name] = torch.from_numpy(np.ascontiguousarray(chip))
     return turned
 
 
