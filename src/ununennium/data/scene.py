@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ununennium.data._files import Grid, open_raster, version_of
 
 if TYPE_CHECKING:
-    from affine import Affine
+    from rasterio import Affine
     from rasterio.crs import CRS
 
 _BAND_IN_FILE_NAME = re.compile(r"(?:^|[_.\-])(B\d{1,2}[A-Z]?)(?=[_.\-]|$)", re.IGNORECASE)
