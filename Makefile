@@ -58,7 +58,7 @@ dist: $(RELEASE)  ## sdist, and the wheel that is built of it, in dist/
 	$(BIN)/python .github/check_dist.py
 
 release-check: dist  ## the above, types of all that is public, and the demo from the wheel in a fresh environment
-	$(BIN)/pyright --verifytypes ununennium --ignoreexternal
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --verifytypes ununennium --ignoreexternal
 	rm -rf build/fresh build/elsewhere
 	$(BIN)/uv venv --quiet --python $(BIN)/python build/fresh
 	$(BIN)/uv pip install --quiet --python build/fresh/bin/python --constraint constraints.txt "$$(echo dist/*.whl)[demo]"

@@ -89,7 +89,8 @@ def test_options_that_do_not_suit_the_scene(tmp_path, capsys):
     write(tmp_path / "image.tif", np.ones((1, 80, 70), dtype=np.uint8))
     small = label((1, 80, 60))
     write(tmp_path / "small.tif", small)
-    message = fails(capsys, "demo", f"--image={tmp_path}/small.tif", f"--label={tmp_path}/small.tif")
+    files = (f"--image={tmp_path}/small.tif", f"--label={tmp_path}/small.tif", f"--output={tmp_path}/run")
+    message = fails(capsys, "demo", *files)
     assert "80 x 60 pixels, but a chip 64 x 64" in message
 
 

@@ -500,11 +500,12 @@ class Chips(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, scene: LabelledScene, held_out: NDArray[np.bool_], length: int) -> None:
-        self.scene, self.length = scene, length
-        self.seen = scene.valid & ~held_out
-        self.labels = np.where(held_out, IGNORE, scene.labels)
+        self.scene = scene
+        self.length = length
+        self.seen: NDArray[np.bool_] = scene.valid & ~held_out
+        self.labels: NDArray[np.uint8] = np.where(held_out, IGNORE, scene.labels)
         places = (np.argwhere(self.labels == number) for number in range(len(scene.names)))
-        self.places = [pixels for pixels in places if len(pixels)]
+        self.places: list[NDArray[np.intp]] = [pixels for pixels in places if len(pixels)]
 
     def __len__(self) -> int:
         return self.length
@@ -530,11 +531,11 @@ class Tiles(Dataset[dict[str, Tensor]]):
 
     def __init__(self, scene: LabelledScene, held_out: NDArray[np.bool_]) -> None:
         self.scene = scene
-        self.labels = np.where(held_out, scene.labels, IGNORE)
+        self.labels: NDArray[np.uint8] = np.where(held_out, scene.labels, IGNORE)
         self.core = TILE - 2 * MARGIN
         height, width = self.labels.shape
         corners = ((row, col) for row in range(0, height, self.core) for col in range(0, width, self.core))
-        self.corners = [(r, c) for r, c in corners if (self._core_labels(r, c) != IGNORE).any()]
+        self.corners: list[tuple[int, int]] = [(r, c) for r, c in corners if (self._core_labels(r, c) != IGNORE).any()]
 
     def __len__(self) -> int:
         return len(self.corners)

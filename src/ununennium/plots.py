@@ -224,7 +224,14 @@ def draw_classes(
 
 @_drawn
 def draw_values(examples: Sequence[Example], *, side: float = 2.5) -> Figure:
-    """Draw image, target, prediction and their difference, of values, a row an example, with colour bars."""
+    """Draw image, target, prediction and their difference, of values, a row an example, with colour bars.
+
+    Parameters
+    ----------
+    examples : sequence of Example
+    side : float, default 2.5
+        Width of a panel, inches.
+    """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -275,6 +282,8 @@ def draw_scenes(
         Whether the prediction is; None for values.
     titles : sequence of str, optional
         Where each lies.
+    side : float, default 2.5
+        Width of a picture, inches.
     """
     columns = min(4, len(pictures))
     rows = [list(pictures[start : start + columns]) for start in range(0, len(pictures), columns)]
@@ -429,13 +438,25 @@ def draw_curves(
 
 
 def curve_names(history: Iterable[str]) -> list[str]:
-    """Return the figures that `draw_curves` draws: those of training or validation, without those of single classes."""
+    """Return the figures that `draw_curves` draws: those of training or validation, without those of single classes.
+
+    Parameters
+    ----------
+    history : iterable of str
+        Names in a run's history, such as those of ``trainer.history``.
+    """
     parts = (name.partition("_") for name in history if "/" not in name)
     return list(dict.fromkeys(figure for part, _, figure in parts if part in ("train", "val") and figure))
 
 
 def title_of(name: str) -> str:
-    """Return what a figure is called in a picture."""
+    """Return what a figure is called in a picture.
+
+    Parameters
+    ----------
+    name : str
+        As in the logs, without ``train_`` or ``val_``.
+    """
     words = name.replace("_", " ")
     return "IoU" if name == "iou" else words[:1].upper() + words[1:]
 
@@ -498,7 +519,13 @@ def draw_confusion(matrix: NDArray[np.integer[Any]], names: Sequence[str]) -> Fi
 
 
 def png(pixels: Pixels) -> bytes:
-    """Return a picture as PNG."""
+    """Return a picture as PNG.
+
+    Parameters
+    ----------
+    pixels : ndarray
+        (H, W, 3), uint8.
+    """
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 import yaml
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ununennium.data import BandStatistics, Chips, Scene, band_statistics, block_split
+from ununennium.data import BandStatistics, Chips, Scene, Split, band_statistics, block_split
 from ununennium.models import RasterModel, create_model
 from ununennium.training import (
     Callback,
@@ -30,6 +29,12 @@ from ununennium.training.checkpoint import whole_or_absent
 from ununennium.training.checks import resolve_device
 from ununennium.training.distributed import Group, group_on, join
 from ununennium.training.loading import EpochLoader
+
+if TYPE_CHECKING:  # jsonargparse makes them as it is imported, which no type checker can follow
+    NonNegativeInt: TypeAlias = int
+    PositiveInt: TypeAlias = int
+else:
+    from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 Schedule = Literal["constant", "cosine", "one_cycle"]
 
@@ -164,7 +169,7 @@ class SceneData:
         common: dict[str, Any] = {
             "classes": settings.classes, "ignore_index": settings.ignore_index, "ignore_values": settings.ignore_values,
         }  # fmt: skip
-        self.split = None
+        self.split: Split | None = None
         if settings.focus and settings.chips_per_epoch is None:
             raise ValueError("data.focus is for random chips: set data.chips_per_epoch, their number in an epoch")
         if not settings.val_scenes:
@@ -181,12 +186,12 @@ class SceneData:
         regions = (None, None) if self.split is None else (self.split["train"], self.split["val"])
         common["fill"] = settings.fill
         with _about("data"):
-            self.train = Chips(
+            self.train: Chips = Chips(
                 training, settings.chip_size, bands=settings.bands, region=regions[0], length=settings.chips_per_epoch,
                 stride=settings.stride, min_valid=settings.min_valid, focus=settings.focus,
                 transform=flip if settings.flips else None, **common,
             )  # fmt: skip
-            self.val = Chips(  # its bands by name, whatever their order in the files
+            self.val: Chips = Chips(  # its bands by name, whatever their order in the files
                 validation or training, settings.chip_size, bands=self.train.bands, region=regions[1], once=True,
                 **common,
             )  # fmt: skip

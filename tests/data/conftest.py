@@ -8,7 +8,7 @@ import pytest
 import rasterio
 from rasterio.enums import ColorInterp
 
-from ununennium.data._files import close_rasters
+from ununennium.data import _files
 
 UTM33 = "EPSG:32633"
 
@@ -64,7 +64,19 @@ def raster(tmp_path):
         return path
 
     yield write
-    close_rasters()
+    _close_rasters()
+
+
+@pytest.fixture
+def close_rasters():
+    """Return what closes the files that a thread has open, so that the next read opens them anew."""
+    return _close_rasters
+
+
+def _close_rasters():
+    while _files._handles.files:
+        for dataset in _files._handles.files.popitem()[1]:
+            dataset.close()
 
 
 @pytest.fixture

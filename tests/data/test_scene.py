@@ -11,7 +11,7 @@ import pytest
 import rasterio
 
 from ununennium.data import Scene, Window, _files
-from ununennium.data._files import close_rasters, open_raster, version_of
+from ununennium.data._files import open_raster, version_of
 
 EVERYWHERE = [Window(0, 0, 30, 40), Window(3, 5, 7, 9), Window(-4, -6, 12, 13), Window(25, 35, 20, 20),
               Window(-5, -5, 60, 70), Window(100, 3, 4, 4), Window(-9, 0, 9, 5)]  # fmt: skip
@@ -61,7 +61,7 @@ def test_a_pixel_is_valid_where_every_band_that_is_read_has_data(raster, draws, 
         np.testing.assert_array_equal(valid, (values[list(bands)] != 2).all(axis=0))
 
 
-def test_nan_and_infinity_are_no_data(raster, draws):
+def test_nan_and_infinity_are_no_data(raster, draws, close_rasters):
     values = draws.normal(size=(2, 30, 40)).astype(np.float32)
     values[0, 3, 4], values[1, 5, 6], values[1, 7, 8] = np.nan, np.inf, -np.inf
     for nodata in (None, np.nan):
@@ -330,7 +330,7 @@ def test_files_of_other_places_are_refused(raster):
         Scene(here, touching)
 
 
-def test_a_damaged_file_is_named_with_the_window(raster, draws):
+def test_a_damaged_file_is_named_with_the_window(raster, draws, close_rasters):
     path = raster("a.tif", draws.integers(0, 255, (1, 64, 64)).astype(np.uint8), tile=16)
     scene = Scene(path)
     close_rasters()
@@ -377,7 +377,7 @@ def test_a_forked_process_opens_files_of_its_own(raster, draws):
     assert scene.read(window)[0].sum() == total
 
 
-def test_threads_open_files_of_their_own_and_keep_them(raster, draws):
+def test_threads_open_files_of_their_own_and_keep_them(raster, draws, close_rasters):
     values = draws.integers(0, 99, (1, 64, 64)).astype(np.uint8)
     scene = Scene(raster("a.tif", values, tile=16))
     handles, wrong = [handle_of(scene)], []

@@ -113,14 +113,6 @@ def _start_anew() -> None:
     _quiet = threading.Lock()  # another thread of the parent may have held it
 
 
-def close_rasters() -> None:
-    """Close the files that this thread has open; the next read opens them anew."""
-    if _handles.process == os.getpid():
-        while _handles.files:
-            for dataset in _handles.files.popitem()[1]:
-                dataset.close()
-
-
 def _open(path: str, grid: Grid | None) -> tuple[Any, Any]:
     import rasterio
     from rasterio.enums import Resampling

@@ -130,7 +130,7 @@ def _geographic_box(scene: Scene) -> tuple[float, float, float, float]:
 
 
 def _is_on_earth(scene: Scene) -> bool:
-    return bool(scene.crs.is_geographic or scene.crs.is_projected)
+    return scene.crs is not None and bool(scene.crs.is_geographic or scene.crs.is_projected)
 
 
 def _overlap(scene: Scene, other: Scene) -> bool:

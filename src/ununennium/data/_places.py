@@ -33,9 +33,12 @@ class Blocks:
     """
 
     def __init__(self, parts: NDArray[np.int16], part: int, block: int, buffer: int, row: int, col: int) -> None:
-        self.is_own = parts == part
-        self.is_later = parts > part
-        self.block, self.buffer, self.row, self.col = block, buffer, row, col
+        self.is_own: NDArray[np.bool_] = parts == part
+        self.is_later: NDArray[np.bool_] = parts > part
+        self.block = block
+        self.buffer = buffer
+        self.row = row
+        self.col = col
         self._foreign_sums, self._later_sums = _sums(~self.is_own), _sums(self.is_later)
 
     def without_buffer(self) -> "Blocks":

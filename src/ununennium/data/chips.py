@@ -121,20 +121,22 @@ class Chips(Dataset[Sample]):
         once: bool = False,
         transform: Callable[[Sample], Any] | None = None,
     ) -> None:
-        self.scenes = as_scenes(scenes)
-        self.size = _pair("size", size)
+        self.scenes: tuple[Scene, ...] = as_scenes(scenes)
+        self.size: tuple[int, int] = _pair("size", size)
         self.region = region
         self.transform = transform
-        self.ignore_index = int(ignore_index)
-        self.min_valid, self.focus = _share("min_valid", min_valid), _share("focus", focus)
+        self.ignore_index: int = int(ignore_index)
+        self.min_valid: float = _share("min_valid", min_valid)
+        self.focus: float = _share("focus", focus)
         first = self.scenes[0]
-        self.bands = tuple(first.bands[index] for index in first.band_indices(bands))
+        self.bands: tuple[str, ...] = tuple(first.bands[index] for index in first.band_indices(bands))
         self._bands = [scene.band_indices(self.bands) for scene in self.scenes]
-        self.dtype = np.result_type(*(scene.dtype for scene in self.scenes))
-        self.fill = _checked_fill(fill, self.dtype)
+        self.dtype: np.dtype[Any] = np.result_type(*(scene.dtype for scene in self.scenes))
+        self.fill: float = _checked_fill(fill, self.dtype)
         self._classes = Classes(classes, ignore_index, ignore_values)
-        self.class_names, self.class_values = self._classes.names, self._classes.values
-        self.num_classes = None if self.class_values is None else len(self.class_values)
+        self.class_names: tuple[str, ...] | None = self._classes.names
+        self.class_values: tuple[int, ...] | None = self._classes.values
+        self.num_classes: int | None = None if self.class_values is None else len(self.class_values)
         if length is not None and stride is not None:
             raise ValueError("give stride, for chips on a grid, or length, for chips at random, not both")
         if region is not None and max(self.size) > region.block:

@@ -6,12 +6,16 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ununennium.data._files import Grid, open_raster, version_of
+
+if TYPE_CHECKING:
+    from rasterio import Affine
+    from rasterio.crs import CRS
 
 _BAND_IN_FILE_NAME = re.compile(r"(?:^|[_.\-])(B\d{1,2}[A-Z]?)(?=[_.\-]|$)", re.IGNORECASE)
 _SAME_GRID = 0.01  # of a pixel
@@ -100,22 +104,22 @@ class Scene:
         paths = [image] if isinstance(image, (str, os.PathLike)) else list(image)
         if not paths:
             raise ValueError("image names no file: a scene needs one, or several for its bands")
-        self.image = tuple(os.path.expanduser(path) for path in paths)
-        self.label = None if label is None else os.path.expanduser(label)
+        self.image: tuple[str, ...] = tuple(os.path.expanduser(path) for path in paths)
+        self.label: str | None = None if label is None else os.path.expanduser(label)
         _check_resampling(resampling)
         files = [_File(path) for path in self.image]
         finest = _finest(files)
-        self.shape = finest.shape
-        self.crs = finest.crs
-        self.transform = finest.transform
+        self.shape: tuple[int, int] = finest.shape
+        self.crs: CRS | None = finest.crs
+        self.transform: Affine = finest.transform
         for file in files:
             file.put_on(finest, resampling)
-        self.dtype = np.result_type(*(file.dtype for file in files))
+        self.dtype: np.dtype[Any] = np.result_type(*(file.dtype for file in files))
         values = {file.nodata for file in files if file.nodata is not None}
-        self.nodata = values.pop() if len(values) == 1 else None
+        self.nodata: float | None = values.pop() if len(values) == 1 else None
         self._files = files
         self._places = [(file, number) for file in files for number in file.numbers]
-        self.bands = _names(files) if bands is None else tuple(bands)
+        self.bands: tuple[str, ...] = _names(files) if bands is None else tuple(bands)
         self._check_bands(given=bands is not None)
         self._index = {_key(name): index for index, name in enumerate(self.bands)}
         self._label_file = None if self.label is None else _label_file(self.label, finest)

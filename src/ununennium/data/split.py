@@ -28,7 +28,9 @@ class Region:
     """
 
     def __init__(self, split: "Split", name: str) -> None:
-        self.name, self.block, self.buffer = name, split.block, split.buffer
+        self.name = name
+        self.block: int = split.block
+        self.buffer: int = split.buffer
         self._part = list(split).index(name)
         self._lattices = split._lattices
 
@@ -97,7 +99,10 @@ class Split(Saved, Mapping[str, Region]):
         lattices: Sequence[tuple[Lattice, NDArray[np.int16]]],
         report: dict[str, Any],
     ) -> None:
-        self.fractions, self.block, self.buffer, self.seed = dict(fractions), block, buffer, seed
+        self.fractions: dict[str, float] = dict(fractions)
+        self.block = block
+        self.buffer = buffer
+        self.seed = seed
         self.report = report
         self._lattices = list(lattices)
 

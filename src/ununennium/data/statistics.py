@@ -41,9 +41,10 @@ class BandStatistics(Saved):
     _name = "these are no statistics"
 
     def __init__(self, bands: Sequence[str], dtype: str) -> None:
-        self.bands, self.dtype = tuple(bands), np.dtype(dtype)
-        self.is_exact = self.dtype.kind in "ui" and self.dtype.itemsize <= 2
-        self.count = 0
+        self.bands: tuple[str, ...] = tuple(bands)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.is_exact: bool = self.dtype.kind in "ui" and self.dtype.itemsize <= 2
+        self.count: int = 0
         self._histogram = np.zeros((len(self.bands), _CODES), np.int64)
         self._mean = np.zeros(len(self.bands))
         self._squares = np.zeros(len(self.bands))  # sum of squared distances from the mean

@@ -84,7 +84,7 @@ class DiceLoss(nn.Module):
                     f"weight must hold one finite number >= 0 a class, shape (C,), not all 0; got {weight.tolist()}"
                 )
         self.register_buffer("weight", weight)
-        self.ignore_index = None if ignore_index is None else operator.index(ignore_index)
+        self.ignore_index: int | None = None if ignore_index is None else operator.index(ignore_index)
         self.smooth = smooth
         self.per_image = per_image
         self._seen_logits = False

@@ -43,7 +43,7 @@ class ConfusionMetric(DerivedMetric):
                 f"got {list(class_names)}"
             )
         self.source = ConfusionMatrix(num_classes, ignore_index)
-        self.class_names = None if class_names is None else list(class_names)
+        self.class_names: list[str] | None = None if class_names is None else list(class_names)
 
     @property
     def confusion(self) -> ConfusionMatrix:

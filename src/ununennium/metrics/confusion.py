@@ -85,10 +85,10 @@ class ConfusionMatrix:
     """
 
     def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
-        self.num_classes = operator.index(num_classes)
+        self.num_classes: int = operator.index(num_classes)
         if self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 (one class is two: it and the rest), got {num_classes!r}")
-        self.ignore_index = None if ignore_index is None else operator.index(ignore_index)
+        self.ignore_index: int | None = None if ignore_index is None else operator.index(ignore_index)
         # Rows: below 0, the classes, above C-1. Columns: the classes, outside. So that a wrong label or prediction
         # costs a row or a column and not a synchronisation.
         self._counts = torch.zeros((self.num_classes + 2) * (self.num_classes + 1), dtype=torch.int64)

@@ -30,7 +30,8 @@ class RegressionSums:
     """
 
     def __init__(self, ignore_value: float | None = None, num_channels: int | None = None) -> None:
-        self.ignore_value = None if ignore_value is None or math.isnan(ignore_value) else float(ignore_value)
+        left_out = None if ignore_value is None or math.isnan(ignore_value) else float(ignore_value)
+        self.ignore_value: float | None = left_out
         self.num_channels = num_channels
         self._count = torch.zeros(num_channels or 1, dtype=torch.int64)
         # Rows: the targets' mean, their squared deviations from it, absolute errors, squared errors.
@@ -182,7 +183,7 @@ class RegressionMetric(DerivedMetric):
             isinstance(channel_names, str) or not len(set(channel_names)) == len(channel_names) > 0
         ):
             raise ValueError(f"channel_names must be a list of different names, one a channel; got {channel_names!r}")
-        self.channel_names = None if channel_names is None else list(channel_names)
+        self.channel_names: list[str] | None = None if channel_names is None else list(channel_names)
         self.source = RegressionSums(ignore_value, None if channel_names is None else len(channel_names))
 
     @property

@@ -73,13 +73,14 @@ class RasterModel(nn.Module):
             if isinstance(names, str):  # whose letters would be taken for names
                 raise TypeError(f"{what} must be a sequence of names, got {names!r}")
         self.network = network
-        self.bands = tuple(bands)
-        self.fill = float(fill)
-        self.class_names = None if class_names is None else tuple(class_names)
+        self.bands: tuple[str, ...] = tuple(bands)
+        self.fill: float = float(fill)
+        self.class_names: tuple[str, ...] | None = None if class_names is None else tuple(class_names)
         num_classes = 0 if self.class_names is None else len(self.class_names)
-        self.class_values = tuple(range(num_classes)) if class_values is None else tuple(map(int, class_values))
-        self.colors = tuple(palette(num_classes)) if colors is None else tuple(colors)
-        self.ignore_index = int(ignore_index)
+        codes = range(num_classes) if class_values is None else map(int, class_values)
+        self.class_values: tuple[int, ...] = tuple(codes)
+        self.colors: tuple[str, ...] = tuple(palette(num_classes)) if colors is None else tuple(colors)
+        self.ignore_index: int = int(ignore_index)
         if len(set(self.bands)) < len(self.bands) or not self.bands:
             raise ValueError(f"bands must name each band once, and at least one, got {list(self.bands)}")
         for what, entries in (("class_values", self.class_values), ("colors", self.colors)):

@@ -128,6 +128,16 @@ def list_models(pattern: str = "*") -> list[str]:
     of whole images. Each architecture is listed with encoders of kinds that it can use. This is decided by
     families, without building the models; `create_model` also tries what is not listed, such as a timm family
     that is newer than this library.
+
+    Parameters
+    ----------
+    pattern : str, default "*"
+        In which ``*`` stands for any characters, ``?`` for one, ``[…]`` for one of several; case does not matter.
+
+    Returns
+    -------
+    list of str
+        Names, the ones of `register_model` among them.
     """
     from ununennium.models import _segmentation, _timm
 

@@ -41,8 +41,10 @@ class Group:
     """
 
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
-        self.device, self.rank, self.size = device, rank, size
-        self.leads = rank == 0
+        self.device = device
+        self.rank = rank
+        self.size = size
+        self.leads: bool = rank == 0
         self.sharded: Any = None
 
     def sum(self, tensor: Tensor) -> Tensor:

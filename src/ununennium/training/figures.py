@@ -47,7 +47,7 @@ class RunningMean:
         self._counts: list[Tensor | float] = []
         self._device: Tensor | None = None  # the same three sums, of values on an accelerator
         self._number = 0
-        self.count = 0.0
+        self.count: float = 0.0
         self.first_not_finite: int | None = None
 
     def update(self, value: Tensor, count: Tensor | float) -> None:
@@ -168,7 +168,7 @@ class Figures:
         self.prefix = prefix
         self.metrics = metrics
         self._finite_only = finite_only
-        self.loss = RunningMean(finite_only)
+        self.loss: RunningMean = RunningMean(finite_only)
 
     def reset(self) -> None:
         """Begin a pass."""

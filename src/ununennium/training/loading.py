@@ -413,7 +413,9 @@ class Keyed(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, collate: Callable[[Any], Any], batched: bool) -> None:
-        self.dataset, self.collate, self.batched = dataset, collate, batched
+        self.dataset = dataset
+        self.collate = collate
+        self.batched = batched
         self._at_once = batched and _reads_batches(dataset)
         self._draws = not (_draws_nothing(dataset) and collate in (default_collate, default_convert))
         self._held: list[Any] | None = None

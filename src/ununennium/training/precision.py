@@ -35,8 +35,8 @@ class Precision:
             raise ValueError(f'{device} has no bf16: use mixed_precision="fp16" or True')
         if mode is True:
             mode = "bf16" if _has_bf16(device) else "fp16"
-        self.dtype = _DTYPES[mode] if isinstance(mode, str) else None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.dtype: torch.dtype | None = _DTYPES[mode] if isinstance(mode, str) else None
+        self.scaler: torch.amp.GradScaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self._context: AbstractContextManager[Any] = (
             nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
         )

@@ -45,7 +45,7 @@ class RunFigures:
         finite_only: bool,
         compiles: bool = False,
     ) -> None:
-        self.known = metrics is not None
+        self.known: bool = metrics is not None
         self._given = metrics
         self._loss_fn = loss_fn
         self._device = device
@@ -102,7 +102,8 @@ class RunFigures:
         if self._compiles:
             train.compile()
             val.compile()
-        self.train, self.val = Figures("train_", train, self._finite_only), Figures("val_", val)
+        self.train: Figures = Figures("train_", train, self._finite_only)
+        self.val: Figures = Figures("val_", val)
 
 
 def num_classes(outputs: Any, targets: Any) -> int:

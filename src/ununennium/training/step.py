@@ -86,7 +86,7 @@ class Stepper:
         skips: bool = False,
     ) -> None:
         self.gradient_norm: Tensor | None = None
-        self.looks = False
+        self.looks: bool = False
         self._compute_loss = compute_loss
         self._count = count
         self._optimizer = optimizer

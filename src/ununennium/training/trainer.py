@@ -171,14 +171,16 @@ class Trainer:
         elif metrics:
             raise ValueError("metrics need a val_loader: pass one, or leave the metrics out")
         checks.check_distributed(distributed, backend, sync_batchnorm)
-        self.device = checks.resolve_device(join(backend, device) if distributed else device)
+        self.device: torch.device = checks.resolve_device(join(backend, device) if distributed else device)
         self._group = group_on(self.device, bool(distributed))
-        self.rank, self.world_size = self._group.rank, self._group.size
+        self.rank: int = self._group.rank
+        self.world_size: int = self._group.size
         if sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model = model.to(self.device)
+        self.model: nn.Module = model.to(self.device)
         self.optimizer = optimizer
-        self.loss_fn = loss_fn.to(self.device) if isinstance(loss_fn, nn.Module) else loss_fn
+        moved = loss_fn.to(self.device) if isinstance(loss_fn, nn.Module) else loss_fn
+        self.loss_fn: nn.Module | Callable[..., Tensor] = moved
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -187,16 +189,16 @@ class Trainer:
         self.on_nonfinite = on_nonfinite
         self.train_transform = train_transform
         self.val_transform = val_transform
-        self.config = None if config is None else dict(config)
-        self.precision = Precision(mixed_precision, self.device)
+        self.config: dict[str, Any] | None = None if config is None else dict(config)
+        self.precision: Precision = Precision(mixed_precision, self.device)
         self.state: TrainState = self._group.of_leader(
             lambda: TrainState(seed=secrets.randbits(32) if seed is None else int(seed))
         )
-        self.epochs = 0
-        self.clock = self._group.of_leader(time.monotonic)
+        self.epochs: int = 0
+        self.clock: float = self._group.of_leader(time.monotonic)
         given = [c for c in callbacks or () if self._group.leads or not isinstance(c, ProgressCallback)]
         shows = progress and self._group.leads and not any(isinstance(c, ProgressCallback) for c in given)
-        self.callbacks = CallbackList([*given, *([ProgressCallback()] if shows else [])])
+        self.callbacks: CallbackList = CallbackList([*given, *([ProgressCallback()] if shows else [])])
         share = self.rank, self.world_size
         pins = self.device.type == "cuda"
         self._train_batches = EpochLoader(train_loader, 0, *share, pins=pins)

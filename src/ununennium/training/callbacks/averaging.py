@@ -41,7 +41,7 @@ class WeightAverage(Callback):
     blends_buffers: ClassVar[bool] = True  # else they are copied
 
     def __init__(self) -> None:
-        self.num_averaged = 0
+        self.num_averaged: int = 0
         self._averages: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] = {}  # while the model has the averages
         self._read: dict[str, Tensor] = {}  # from a checkpoint, until a model is seen

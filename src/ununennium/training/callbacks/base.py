@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ununennium.training.trainer import Trainer
 
-HOOKS = ("on_train_start", "on_epoch_start", "on_batch_start", "on_batch_end", "on_epoch_end", "on_train_end")
+Hooks = list[Callable[..., Any]]
 
 
 class Callback:
@@ -98,19 +98,22 @@ class CallbackList:
     """
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
-        self.callbacks = sorted(callbacks, key=lambda c: getattr(c, "saves_state", False))  # a stable sort
+        self.callbacks: list[Callback] = sorted(callbacks, key=lambda c: getattr(c, "saves_state", False))  # stable
         for callback in self.callbacks:
             if not isinstance(callback, Callback):
                 raise TypeError(
                     f"callbacks must be ununennium.training.Callback objects, got {callback!r}"
                     + (": an instance of it is meant" if isinstance(callback, type) else "")
                 )
-        self.train_start, self.epoch_start, self.batch_start, self.batch_end, self.epoch_end, self.train_end = (
-            self._overriding(hook) for hook in HOOKS
-        )
-        self.evaluation = self._overriding("evaluation")
+        self.train_start: Hooks = self._overriding("on_train_start")
+        self.epoch_start: Hooks = self._overriding("on_epoch_start")
+        self.batch_start: Hooks = self._overriding("on_batch_start")
+        self.batch_end: Hooks = self._overriding("on_batch_end")
+        self.epoch_end: Hooks = self._overriding("on_epoch_end")
+        self.train_end: Hooks = self._overriding("on_train_end")
+        self.evaluation: Hooks = self._overriding("evaluation")
 
-    def _overriding(self, hook: str) -> list[Callable[..., Any]]:
+    def _overriding(self, hook: str) -> Hooks:
         methods = [getattr(callback, hook) for callback in self.callbacks]
         return [m for m in methods if getattr(m, "__func__", m) is not getattr(Callback, hook)]
 

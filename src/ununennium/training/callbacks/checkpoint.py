@@ -79,7 +79,7 @@ class CheckpointCallback(Callback):
                 raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
         if every_n_seconds is not None and not every_n_seconds > 0:
             raise ValueError(f"every_n_seconds must be above 0, got {every_n_seconds!r}")
-        self.path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile
+        self.path: Path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile
         self.monitor = monitor
         self.mode = mode
         self.save_best_only = save_best_only

@@ -32,9 +32,11 @@ class CSVLogger(Logger):
         Which optimizer steps to log.
     """
 
+    run_id: str | None
+
     def __init__(self, path: str | Path, every_n_steps: int = 1) -> None:
         super().__init__(every_n_steps)
-        self.path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile
+        self.path: Path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile
         self._tables: dict[str, _Table] = {}
 
     def open(self, trainer: Trainer) -> None:

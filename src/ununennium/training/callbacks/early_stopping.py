@@ -48,7 +48,7 @@ class EarlyStoppingCallback(Callback):
         self.mode = mode
         self.min_delta = min_delta
         self.best: float | None = None
-        self.wait = 0
+        self.wait: int = 0
         self.stopped_epoch: int | None = None
 
     def on_train_start(self, trainer: Trainer) -> None:

@@ -62,7 +62,7 @@ class EMACallback(WeightAverage):
         if warmup < 0:
             raise ValueError(f"warmup must be at least 0, got {warmup}")
         super().__init__()
-        self.decay = float(decay)
+        self.decay: float = float(decay)
         self.warmup = warmup
         self.evaluate = evaluate
         self._optimizer_steps = 0

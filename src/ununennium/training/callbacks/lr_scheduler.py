@@ -55,7 +55,7 @@ class LRSchedulerCallback(Callback):
         self.scheduler = scheduler
         self._made = _settings_of(scheduler)
         self.step_on = step_on
-        self.monitor = (monitor or "val_loss") if plateau else None
+        self.monitor: str | None = (monitor or "val_loss") if plateau else None
         self._optimizer_steps = 0
 
     def on_train_start(self, trainer: Trainer) -> None:

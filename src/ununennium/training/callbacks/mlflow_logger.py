@@ -44,6 +44,8 @@ class MLflowLogger(Logger):
         If MLflow is not installed.
     """
 
+    run_id: str | None
+
     def __init__(
         self,
         experiment: str = "ununennium",
@@ -57,7 +59,7 @@ class MLflowLogger(Logger):
         self.experiment = experiment
         self.name = name
         self.tracking_uri = tracking_uri
-        self.tags = dict(tags or {})
+        self.tags: dict[str, str] = dict(tags or {})
         self._client: Any = None
         self._metrics: list[Any] = []
 

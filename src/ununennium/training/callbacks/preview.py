@@ -91,13 +91,13 @@ class PreviewCallback(Callback):
             raise ValueError(f"rgb must name three bands, or one for a grey picture, got {rgb!r}")
         if isinstance(samples, Sequence) and not samples:
             raise ValueError("samples is empty: give a number, or indices of the validation dataset")
-        self.path = Path(path).expanduser().absolute()
+        self.path: Path = Path(path).expanduser().absolute()
         self.every_n_epochs = every_n_epochs
         self.samples = samples
-        self.bands = None if bands is None else tuple(bands)
-        self.rgb = None if rgb is None else tuple(rgb)
-        self.class_names = None if class_names is None else tuple(class_names)
-        self.colors = None if colors is None else tuple(colors)
+        self.bands: tuple[str, ...] | None = None if bands is None else tuple(bands)
+        self.rgb: tuple[str | int, ...] | None = None if rgb is None else tuple(rgb)
+        self.class_names: tuple[str, ...] | None = None if class_names is None else tuple(class_names)
+        self.colors: tuple[str, ...] | None = None if colors is None else tuple(colors)
         self.latest: tuple[int, bytes] | None = None
         self.skipped: str | None = None
         self.per_pixel: bool | None = None

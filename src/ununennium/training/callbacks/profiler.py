@@ -62,7 +62,7 @@ class ProfilerCallback(Callback):
                 raise ValueError(f"{name} must be at least {minimum}, got {value}")
         if last_step < first_step:
             raise ValueError(f"last_step must be at least first_step, got {last_step} and {first_step}")
-        self.path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile
+        self.path: Path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile
         self.first_step = first_step
         self.last_step = last_step
         self.num_operators = num_operators

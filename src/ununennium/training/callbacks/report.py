@@ -74,7 +74,7 @@ class ReportCallback(Callback):
         pictures: bool = True,
     ) -> None:
         check_mode(mode)
-        self.path = Path(path).expanduser().absolute()
+        self.path: Path = Path(path).expanduser().absolute()
         self.monitor = monitor
         self.mode = mode
         self.resume_command = resume_command

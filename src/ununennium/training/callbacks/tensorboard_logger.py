@@ -36,10 +36,12 @@ class TensorBoardLogger(Logger):
         If TensorBoard is not installed.
     """
 
+    run_id: str | None
+
     def __init__(self, path: str | Path, every_n_steps: int = 10) -> None:
         super().__init__(every_n_steps)
         check_installed(self, "tensorboard", "tensorboard")
-        self.path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile
+        self.path: Path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile
         self._writer: Any = None
 
     def open(self, trainer: Trainer) -> None:

@@ -53,6 +53,8 @@ class WandbLogger(Logger):
 
     settles: ClassVar[float] = 120.0  # W&B writes and sends in the background
 
+    run_id: str | None
+
     def __init__(
         self,
         project: str | None = None,
@@ -64,8 +66,8 @@ class WandbLogger(Logger):
     ) -> None:
         super().__init__(every_n_steps)
         check_installed(self, "wandb", "wandb")
-        self.path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile
-        self.options = {"project": project, "name": name, "mode": mode, **options}
+        self.path: Path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile
+        self.options: dict[str, Any] = {"project": project, "name": name, "mode": mode, **options}
         self._logged: Any = None  # W&B's run
 
     def open(self, trainer: Trainer) -> None:

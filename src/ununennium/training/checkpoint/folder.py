@@ -34,7 +34,7 @@ class Folder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path: Path = path
         self._lock: int | None = None
         self._number = 0
         self._manifests: dict[str, dict[str, Any]] = {}
