@@ -274,6 +274,7 @@ class Levers(NamedTuple):
     our_loss: bool = True
     our_metrics: bool = True
     save_once: bool = True  # best is a link to what last is, written by a thread from a copy
+    inference_mode: bool = True  # or no_grad, which is what the Trainer validates under
     compile: bool = False
 
 
@@ -332,8 +333,11 @@ class HandTuned:
         self.optimizer.step()
         total += loss.detach() * len(images)
 
-    @torch.inference_mode()
     def validate(self) -> float:
+        with torch.inference_mode() if self.levers.inference_mode else torch.no_grad():
+            return self.evaluate()
+
+    def evaluate(self) -> float:
         self.model.eval()
         total, count = torch.zeros((), device=self.setting.device), 0
         for images, masks in self.batches(self.loaders[1]):
@@ -396,6 +400,7 @@ WITHOUT = {
     "our DiceLoss, with smp's": Levers(our_loss=False),
     "our confusion matrix, with torchmetrics": Levers(our_metrics=False),
     "one save aside, with torch.save": Levers(save_once=False),
+    "inference_mode, with no_grad": Levers(inference_mode=False),
 }
 
 ALL: list[type] = [OurTrainer, HandTuned, Naive, Lightning, TorchGeo]

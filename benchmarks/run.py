@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PARTS = (
     "overhead", "epoch", "memory", "losses", "metrics", "data_order", "checkpoints", "distributed", "chips",
-    "prediction",
+    "prediction", "loggers",
 )  # fmt: skip
 APART = ("compiled", "gpu")  # run when asked for
 PEERS = (
