@@ -130,6 +130,13 @@ def refused(expected, words, *, runs, model=None, optimizer=None, loss_fn=None, 
     return caught.value
 
 
+class Forgetful(Callback):
+    """A callback that says what to remember, and not how to."""
+
+    def state_dict(self):
+        return {"best": 1}
+
+
 def case(name, expected, *words, **kwargs):
     return pytest.param(expected, words, kwargs, id=name)
 
@@ -207,6 +214,7 @@ EMPTY = r"is empty.*no samples.*drop_last=True.*batch_size smaller"
         case("no such precision", ValueError, "mixed_precision must be", "'float16'", mixed_precision="float16"),
         case("precision 1", ValueError, "mixed_precision must be", "got 1", mixed_precision=1),
         case("a callback class", TypeError, "callbacks", "an instance", callbacks=[EarlyStoppingCallback]),
+        case("half a memory", TypeError, "Forgetful has no load_state_dict", "another run", callbacks=[Forgetful()]),
         case("one callback", TypeError, "callbacks must be a list", r"=\[Callback\(…\)\]", callbacks=Callback()),
         case("one metric", TypeError, "metrics must be a list", r"=\[IoU\(", metrics=IoU(4), val_loader=batches()),
         case("one metric class", TypeError, "metrics must be a list", "IoU", metrics=IoU, val_loader=batches()),

@@ -1,6 +1,7 @@
 """Every metric in a run: monitored by its direction, classes and channels beside their mean, gone on with."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from ununennium.metrics import (
     Precision,
     Recall,
 )
-from ununennium.training import CheckpointCallback, Trainer
+from ununennium.training import CheckpointCallback, EarlyStoppingCallback, Trainer
 from ununennium.training.checkpoint import read
 
 OF_CLASSES = [IoU, Dice, F1, Precision, Recall]
@@ -147,5 +148,37 @@ def test_other_channels_than_before_are_refused_inside_an_epoch(tmp_path, regres
     regresses([MAE(ignore_value=-9999)], [saves]).fit(1)
     inside = min((tmp_path / "c").glob("step-*"), key=lambda path: path.name)
     other = regresses([MAE(ignore_value=-9999, channel_names=["a", "b"])], [CheckpointCallback(tmp_path / "d")])
-    with pytest.raises(Exception, match=r"with other metrics.*are of 1 channels, these of 2"):
+    with pytest.raises(Exception, match=r"metrics can't go on here.*are of 1 channels, these of 2"):
         other.fit(2, resume=inside)
+
+
+class Shares:
+    """Share of the pixels predicted as each class, as a user would write it: a dict, whose keys show at the end."""
+
+    name = "share"
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.counts = torch.zeros(4)
+
+    def update(self, outputs, targets):
+        self.counts = self.counts + torch.bincount(outputs.argmax(1).flatten(), minlength=4)
+
+    def compute(self):
+        return dict(zip(NAMES, self.counts / self.counts.sum(), strict=True))
+
+
+def test_a_figure_that_shows_at_the_end_of_an_epoch_can_be_monitored(tmp_path, classifies):
+    callback = CheckpointCallback(tmp_path, monitor="val_share/forest", mode="max")
+    history = classifies([Shares()], [callback]).fit(3)
+    assert read(tmp_path / "best").info["figures"]["val_share/forest"] == max(history["val_share/forest"])
+
+
+@pytest.mark.parametrize("monitor", ["val_share/sea", "val_share"])
+@pytest.mark.parametrize("kind", [partial(CheckpointCallback, "checkpoints"), EarlyStoppingCallback])
+def test_one_that_does_not_show_is_an_error_that_lists_what_does(tmp_path, monkeypatch, classifies, kind, monitor):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"monitors '{monitor}', which is not in the logs.*'val_share/forest'"):
+        classifies([Shares()], [kind(monitor=monitor)]).fit(1)

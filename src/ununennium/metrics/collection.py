@@ -82,6 +82,10 @@ class MetricCollection:
             names += metric.names(name) if isinstance(metric, DerivedMetric) else [name]
         return names
 
+    def may_give(self, name: str) -> bool:
+        """Tell whether ``compute`` may give a name that ``names`` can't know: ``name/part`` of another's metric."""
+        return any(name.startswith(f"{own}/") for own, m in self._metrics.items() if not isinstance(m, DerivedMetric))
+
     def higher_is_better(self, name: str) -> bool | None:
         """Tell whether more is better for one of the names of ``compute``; None if the metric does not say."""
         owners = [own for own in self._metrics if name == own or name.startswith(f"{own}/")]

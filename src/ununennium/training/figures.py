@@ -190,6 +190,10 @@ class Figures:
         figures = {"loss": self.loss.compute(gather), **self.metrics.compute(total)}
         return {self.prefix + name: value for name, value in figures.items()}
 
+    def may_give(self, name: str) -> bool:
+        """Tell whether there may be a figure of a name that ``names`` does not know."""
+        return name.startswith(self.prefix) and self.metrics.may_give(name.removeprefix(self.prefix))
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the pass has summed so far, as live tensors in plain data."""
         return {"loss": self.loss.state_dict(), "metrics": self.metrics.state_dict()}

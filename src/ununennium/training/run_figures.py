@@ -68,6 +68,10 @@ class RunFigures:
         """Return the names in the logs of an epoch, as far as they are known."""
         return self.train.names() + (self.val.names() if validates else [])
 
+    def may_give(self, name: str, validates: bool) -> bool:
+        """Tell whether an epoch's logs may have a name that ``names`` does not know."""
+        return self.train.may_give(name) or (validates and self.val.may_give(name))
+
     def higher_is_better(self, name: str) -> bool | None:
         """Tell whether more is better for a figure of the logs; None if no metric says so."""
         return self.val.metrics.higher_is_better(name.removeprefix("train_").removeprefix("val_"))

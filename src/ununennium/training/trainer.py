@@ -683,7 +683,10 @@ class Trainer:
 
     def _check_monitors(self) -> None:
         validates = self.val_loader is not None
-        self.callbacks.check_monitors(self._figures.names(validates), validates, self._figures.known)
+        figures = self._figures
+        self.callbacks.check_monitors(
+            figures.names(validates), lambda name: figures.may_give(name, validates), validates, figures.known
+        )
 
     def _check_memories(self) -> None:
         """Raise for a memory that no checkpoint could hold."""
@@ -735,8 +738,8 @@ class Trainer:
             figures = self._figures.after(states)
         except ValueError as error:
             raise CheckpointError(
-                f"the checkpoint was left inside an epoch with other metrics ({error}): pass the same, or go on from "
-                "one at an epoch's end"
+                f"the checkpoint was left inside an epoch, and its metrics can't go on here: {error}. Mend that, or go "
+                "on from a checkpoint at an epoch's end"
             ) from error
         entry = checkpoint.restore(contents, self._run())
         self._entry = entry._replace(random=None if random is None else RandomState(*random))

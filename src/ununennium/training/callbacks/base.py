@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ununennium.training.trainer import Trainer
 
 Hooks = list[Callable[..., Any]]
+_MEMORY = "state_dict", "load_state_dict"
 
 
 class Callback:
@@ -105,6 +106,13 @@ class CallbackList:
                     f"callbacks must be ununennium.training.Callback objects, got {callback!r}"
                     + (": an instance of it is meant" if isinstance(callback, type) else "")
                 )
+            kind = type(callback)
+            missing = {name for name in _MEMORY if getattr(kind, name) is getattr(Callback, name)}
+            if len(missing) == 1:
+                raise TypeError(
+                    f"{kind.__name__} has no {missing.pop()}: a callback that remembers something needs both "
+                    f"{' and '.join(_MEMORY)}, or a resumed run is another run"
+                )
         self.train_start: Hooks = self._overriding("on_train_start")
         self.epoch_start: Hooks = self._overriding("on_epoch_start")
         self.batch_start: Hooks = self._overriding("on_batch_start")
@@ -127,13 +135,15 @@ class CallbackList:
         """The callbacks that save what others know."""
         return [c for c in self.callbacks if c.saves_state]
 
-    def check_monitors(self, names: list[str], validates: bool, complete: bool) -> None:
+    def check_monitors(self, names: list[str], may_be: Callable[[str], bool], validates: bool, complete: bool) -> None:
         """Raise for a monitored figure that the epoch's logs won't have.
 
         Parameters
         ----------
         names : list of str
             The figures there will be; those that callbacks add are added here.
+        may_be : callable
+            Tells of another name whether there may be such a figure, which shows at the epoch's end.
         validates : bool
             Whether there is a validation loader.
         complete : bool
@@ -142,7 +152,7 @@ class CallbackList:
         names = sorted([*names, *(name for callback in self.callbacks for name in callback.log_names)])
         for callback in self.callbacks:
             monitor, owner = callback.monitor, type(callback).__name__
-            if monitor is None or monitor in names:
+            if monitor is None or monitor in names or may_be(monitor):
                 continue
             if monitor.startswith("val_") and not validates:
                 raise ValueError(

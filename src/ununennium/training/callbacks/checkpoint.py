@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from ununennium.training.callbacks.base import Callback
-from ununennium.training.callbacks.monitor import Mode, check_mode, check_monitor, is_better, resolve_mode
+from ununennium.training.callbacks.monitor import Mode, check_mode, check_monitor, is_better, monitored, resolve_mode
 from ununennium.training.checkpoint import Folder
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class CheckpointCallback(Callback):
 
     def _judge(self, trainer: Trainer, epoch: int, logs: dict[str, float]) -> None:
         mode = resolve_mode(self.mode, self.monitor, trainer)
-        value = logs[self.monitor]
+        value = monitored(self, logs)
         rank = sum(not is_better(value, better, mode) for better, _ in self._bests)
         among_best = rank < self.keep_best and is_better(value, None, mode)
         self._judged, self._planned = epoch, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ununennium.training.callbacks.base import Callback
-from ununennium.training.callbacks.monitor import Mode, check_mode, check_monitor, is_better, resolve_mode
+from ununennium.training.callbacks.monitor import Mode, check_mode, check_monitor, is_better, monitored, resolve_mode
 
 if TYPE_CHECKING:
     from ununennium.training.trainer import Trainer
@@ -61,7 +61,7 @@ class EarlyStoppingCallback(Callback):
 
     def on_epoch_end(self, trainer: Trainer, epoch: int, logs: dict[str, float]) -> None:
         """Compare, count, and ask the Trainer to stop when patience is over."""
-        value = logs[self.monitor]
+        value = monitored(self, logs)
         if is_better(value, self.best, resolve_mode(self.mode, self.monitor, trainer), self.min_delta):
             self.best, self.wait = value, 0
             return

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ununennium.training.callbacks.base import Callback
+from ununennium.training.callbacks.monitor import monitored
 from ununennium.training.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class LRSchedulerCallback(Callback):
         if isinstance(self.scheduler, ReduceLROnPlateau):
             assert self.monitor is not None
             self._check_direction(trainer)  # again: the default metrics are known by now
-            self.scheduler.step(logs[self.monitor])
+            self.scheduler.step(monitored(self, logs))
         elif self.step_on == "epoch":
             self.scheduler.step()
 

@@ -55,6 +55,22 @@ def best_epoch(records: Iterable[tuple[int, Mapping[str, float]]], monitor: str,
     return best
 
 
+def monitored(callback: Any, logs: Mapping[str, float]) -> float:
+    """Return the figure that a callback monitors.
+
+    Raises
+    ------
+    ValueError
+        If the logs don't have it.
+    """
+    if callback.monitor not in logs:
+        raise ValueError(
+            f"{type(callback).__name__} monitors {callback.monitor!r}, which is not in the logs; these are: "
+            f"{sorted(logs)}. Monitor one of these"
+        )
+    return logs[callback.monitor]
+
+
 def check_mode(mode: str) -> None:
     """Raise unless ``mode`` is one of the three."""
     if mode not in ("auto", "min", "max"):
