@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -93,3 +94,17 @@ def test_the_results_are_one_in_both_forms(run, name):
     if not path.exists():
         pytest.skip("no results")
     assert path.with_suffix(".md").read_text() == run.page(json.loads(path.read_text()))
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results():
+    """Each line of its table names the row of the results that the figure is."""
+    path, readme = FOLDER / "results" / "cpu.json", FOLDER.parent / "README.md"
+    if not path.exists() or not readme.exists():
+        pytest.skip("no results")
+    parts = json.loads(path.read_text())["parts"]
+    ratios = {(part, row["name"]): row["ratio"] for part, kept in parts.items() for row in kept["rows"]}
+    shown = re.findall(r"^\| .+ \| ([\d.]+) \| `(\w+)`: (.+) \|$", readme.read_text(), re.MULTILINE)
+    assert len(shown) > 5
+    assert [(figure, part, name) for figure, part, name in shown] == [
+        (f"{ratios[part, name]:.2f}", part, name) for _, part, name in shown
+    ]
