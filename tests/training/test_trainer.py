@@ -581,6 +581,9 @@ def test_a_memory_that_no_checkpoint_holds_is_found_before_the_first_step(make_m
         def state_dict(self):
             return {"log": [1, lambda: 2]}
 
+        def load_state_dict(self, state):
+            pass
+
     trainer = make_trainer(make_model(), loader, callbacks=[Remembers()])
     with pytest.raises(TypeError, match=r"Remembers\.state_dict\(\)\.log\.1 is a builtins\.function"):
         trainer.fit(1)

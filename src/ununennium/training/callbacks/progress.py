@@ -34,7 +34,7 @@ class ProgressCallback(Callback):
     (``wait``), and seconds; in a terminal, as many as fit. A star marks an epoch that was the best by then, by what
     `CheckpointCallback` or another callback monitors, else by ``val_loss``, or without validation ``train_loss``.
 
-    If training waits for data most of the time, a line says once what to change.
+    If training waits for data for more than 30 % of an epoch, a line says once what to change.
     """
 
     def __init__(self) -> None:
