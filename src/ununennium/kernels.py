@@ -30,7 +30,7 @@ class Kernels:
     def __init__(self, owner: str, *args: Any, **kwargs: Any) -> None:
         self._owner, self._args, self._kwargs = owner, args, kwargs
         self._made: dict[Hashable, Callable[..., Any]] = {}
-        self.broken = False
+        self.broken: bool = False
 
     def __reduce__(self) -> tuple[object, ...]:
         """Copy and pickle what to compile with, not what was compiled."""
