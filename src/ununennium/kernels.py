@@ -6,9 +6,10 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 MOST_CHANNELS = 32  # that are unrolled: a kernel grows with them, and so does the time to compile it
-PLAIN_INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # what inductor compares
+_PLAIN = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # what inductor compares
 
 
 class Kernels:
@@ -76,6 +77,11 @@ class Kernels:
             }
         compiled: Callable[..., Any] = torch.compile(own, *self._args, **settings)
         return compiled
+
+
+def plain(integers: Tensor) -> Tensor:
+    """Return integers in a type that compiled functions take: theirs, or int64."""
+    return integers if integers.dtype in _PLAIN else integers.long()
 
 
 def _again(owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kernels:

@@ -207,11 +207,7 @@ class DiceLoss(nn.Module):
 
 
 class _Dice(torch.autograd.Function):
-    """The loss of logits (B, C, N), and its derivatives by the sums over pixels, from which the gradient is made.
-
-    With I, P and Y the sums of probability times target, probability and target, U = P + Y + s and N = 2 I + s, they
-    are -2 k / U by I and k N / U² by P and by Y.
-    """
+    """The loss of logits (B, C, N), and its derivatives by the sums over pixels, from which the gradient is made."""
 
     @staticmethod
     def forward(
@@ -226,7 +222,7 @@ class _Dice(torch.autograd.Function):
     ) -> Tensor:
         found = None
         with torch.autocast(logits.device.type, enabled=False):
-            if unrolled is not None and unrolled.suits(logits, targets):
+            if unrolled is not None:
                 found = unrolled.loss(logits, targets, weight, ignore_index, smooth, per_image)
             if found is None:
                 sums = pixels.sums(logits, targets, ignore_index)
@@ -245,7 +241,7 @@ class _Dice(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             arguments = logits, targets, by_true, by_all, ctx.ignore_index
             if ctx.needs_input_grad[0]:
-                if ctx.unrolled is not None and ctx.unrolled.suits(logits, targets):
+                if ctx.unrolled is not None:
                     of_logits = ctx.unrolled.gradient(*arguments)
                 if of_logits is None:
                     of_logits = pixels.gradient(*arguments)

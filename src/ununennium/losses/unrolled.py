@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ununennium.kernels import MOST_CHANNELS, PLAIN_INTEGERS, Kernels
+from ununennium.kernels import MOST_CHANNELS, Kernels, plain
 from ununennium.losses.pixels import computing_dtype, loss_of_sums, refuse_strange_labels
 
 
@@ -26,7 +26,7 @@ class Unrolled:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._kernels = Kernels("DiceLoss", *args, **kwargs)
 
-    def suits(self, logits: Tensor, targets: Tensor) -> bool:
+    def _suits(self, logits: Tensor, targets: Tensor) -> bool:
         """Tell whether there is a compiled pass for logits (B, C, N) and these targets."""
         return (
             not self._kernels.broken
@@ -44,7 +44,9 @@ class Unrolled:
         smooth: float,
         per_image: bool,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Do what `pixels.sums` and `pixels.loss_of_sums` do, or return None if the compiler fails."""
+        """Do what `pixels.sums` and `pixels.loss_of_sums` do, or return None where there is no compiled pass."""
+        if not self._suits(logits, targets):
+            return None
         images, channels = logits.shape[:2]
         key, batch = self._prepared(_loss, logits, targets)
         result = self._kernels.run(_loss, key, *batch, weight, ignore_index, smooth, per_image)
@@ -63,7 +65,9 @@ class Unrolled:
     def gradient(
         self, logits: Tensor, targets: Tensor, by_true: Tensor, by_all: Tensor, ignore_index: int | None
     ) -> Tensor | None:
-        """Do what `pixels.gradient` does, or return None if the compiler fails."""
+        """Do what `pixels.gradient` does, or return None where there is no compiled pass."""
+        if not self._suits(logits, targets):
+            return None
         key, batch = self._prepared(_gradient, logits, targets, by_true, by_all)
         result: Tensor | None = self._kernels.run(_gradient, key, *batch, ignore_index, channels_last(batch[0]))
         return None if result is None else result[: len(logits)]
@@ -74,7 +78,7 @@ class Unrolled:
         """Return what a kernel for a batch is known by, and the batch as it takes it."""
         if not channels_last(logits):
             logits = logits.contiguous()
-        targets = (targets if targets.dtype in PLAIN_INTEGERS else targets.long()).contiguous()
+        targets = plain(targets).contiguous()
         batch = [one.detach() for one in (logits, targets, *by_image)]  # a view would be compiled with its base
         key = logits.device.type, logits.dtype, targets.dtype, logits.shape[1], channels_last(logits)
         # Kernels for one image are others. They are not made for a last batch of one, which goes in twice instead.

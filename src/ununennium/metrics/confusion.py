@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ununennium.kernels import MOST_CHANNELS, PLAIN_INTEGERS, Kernels
+from ununennium.kernels import MOST_CHANNELS, Kernels, plain
 
 _UINT8, _INT16 = 255, 32767
 _NARROW = (_UINT8, torch.uint8), (_INT16, torch.int16)
@@ -151,19 +151,19 @@ class ConfusionMatrix:
 
     def _count_compiled(self, outputs: Tensor, targets: Tensor) -> bool:
         """Count with a compiled kernel, image by image, and tell whether there is one."""
-        images = outputs.flatten(2).detach() if outputs.ndim > 2 else outputs.unsqueeze(-1)
         if (
             self._kernels is None
             or self._kernels.broken
             or not (outputs.is_cpu and outputs.is_floating_point())
             or not 1 < outputs.shape[1] <= MOST_CHANNELS
-            or images.shape[2] < _FEW_PIXELS
+            or outputs.shape[2:].numel() < _FEW_PIXELS
         ):
             return False
+        images = outputs.detach().reshape(*outputs.shape[:2], -1)
         classes, size = self.num_classes, len(self._counts)
         with_ignored = size + classes + 1  # a row more, of ignored pixels
         ignored = self._ignored_outside
-        labels = (targets if targets.dtype in PLAIN_INTEGERS else targets.long()).reshape(len(images), -1)
+        labels = plain(targets).reshape(len(images), -1)
         key = outputs.dtype, labels.dtype, images.stride(1) == 1
         counts = torch.zeros(with_ignored, dtype=torch.int64)
         for image, of_image in zip(images, labels, strict=True):

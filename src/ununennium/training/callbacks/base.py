@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
+
+from ununennium.training.callbacks.monitor import not_in_logs
 
 if TYPE_CHECKING:
     from ununennium.training.trainer import Trainer
@@ -159,9 +160,7 @@ class CallbackList:
                     f"{owner} monitors {monitor!r}, but there is no val_loader: pass one, or monitor one of {names}"
                 )
             if complete:
-                close = difflib.get_close_matches(monitor, names, n=1)
-                hint = f"Is {close[0]!r} meant?" if close else "Monitor one of these, or pass metrics=[…]"
-                raise ValueError(f"{owner} monitors {monitor!r}, which is not in the logs; these are: {names}. {hint}")
+                raise not_in_logs(callback, names)
 
     def end(self, trainer: Trainer, failure: BaseException | None = None) -> None:
         """Call every ``on_train_end``, also after one that raised.

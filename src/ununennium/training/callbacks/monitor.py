@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,11 +65,18 @@ def monitored(callback: Any, logs: Mapping[str, float]) -> float:
         If the logs don't have it.
     """
     if callback.monitor not in logs:
-        raise ValueError(
-            f"{type(callback).__name__} monitors {callback.monitor!r}, which is not in the logs; these are: "
-            f"{sorted(logs)}. Monitor one of these"
-        )
+        raise not_in_logs(callback, logs)
     return logs[callback.monitor]
+
+
+def not_in_logs(callback: Any, names: Iterable[str]) -> ValueError:
+    """Return the error of a callback that monitors none of these names."""
+    names = sorted(names)
+    close = difflib.get_close_matches(callback.monitor, names, n=1)
+    hint = f"Is {close[0]!r} meant?" if close else "Monitor one of these, or pass metrics=[…]"
+    return ValueError(
+        f"{type(callback).__name__} monitors {callback.monitor!r}, which is not in the logs; these are: {names}. {hint}"
+    )
 
 
 def check_mode(mode: str) -> None:
