@@ -12,7 +12,7 @@ from pathlib import Path
 from _contenders import ALL, WITHOUT, HandTuned, OurTrainer, Setting, prepared
 from _timing import Row, interleaved, main, row
 
-PART, EPOCHS, ROUNDS, BUDGET, LIMIT = "epoch", 2, 7, 180, 1.05
+PART, EPOCHS, ROUNDS, BUDGET, LIMIT = "epoch", 2, 7, 600, 1.05
 
 
 def measure() -> list[Row]:
