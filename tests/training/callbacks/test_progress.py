@@ -28,6 +28,7 @@ SCRIPT = textwrap.dedent("""
         def compute_loss(self, batch):
             time.sleep(0.06)
             return super().compute_loss(batch)
+    torch.manual_seed(0)
     model = torch.nn.Linear(2, 1)
     batches = [(torch.ones(2, 2), torch.ones(2, 1))] * 10
     Slow(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.MSELoss(), batches, device="cpu").fit(2)
