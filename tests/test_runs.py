@@ -351,6 +351,11 @@ MISTAKES = {
         ["--scheduler", "torch.optim.lr_scheduler.ExponentialLR", "--scheduler.gamma", "0.9"],
         'set schedule to "constant"',
     ),
+    "a pace without a scheduler": (["--step_on", "batch"], "name a scheduler, or leave step_on out"),
+    "a model beside a network": (
+        ["--network", "torch.nn.Identity", "--model.name", "unet_resnet34"],
+        "model.name beside a network of your own, used as it is: leave one out",
+    ),
     "a monitor that is not there": (["--checkpoint.monitor", "val_acc"], "val_acc"),
 }
 

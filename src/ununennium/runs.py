@@ -373,6 +373,9 @@ def _model(settings: Any, data: SceneData | DataModule, measured: BandStatistics
         bands = list(data.train.bands) if weights else None
     network: nn.Module
     if settings.network is not None:
+        idle = [f"model.{name}" for name, value in vars(chosen).items() if value != getattr(ModelSettings, name)]
+        if idle:
+            raise ValueError(f"{' and '.join(idle)} beside a network of your own, used as it is: leave one out")
         network = settings.network
     elif in_channels is None or num_classes is None:
         raise ValueError("with a datamodule, give model.in_channels and model.num_classes, or a network")
@@ -398,6 +401,11 @@ def _schedulers(settings: Any, optimizer: torch.optim.Optimizer, steps: int | No
         if settings.schedule != "constant":
             raise ValueError('give a scheduler or a schedule: with a scheduler of your own, set schedule to "constant"')
         return [LRSchedulerCallback(settings.scheduler(optimizer), step_on=settings.step_on)]
+    if settings.step_on != "epoch":
+        raise ValueError(
+            f"step_on={settings.step_on!r} is for a scheduler of your own, and schedule {settings.schedule!r} has its "
+            "own pace: name a scheduler, or leave step_on out"
+        )
     if settings.schedule == "constant":
         return []
     if steps is None:
