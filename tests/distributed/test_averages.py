@@ -63,7 +63,7 @@ def ema():
 
 
 def result(trainer):
-    trainer._writer.wait()
+    trainer._checkpoints.writer.wait()
     average = trainer.callbacks.callbacks[0]
     averaged = {k: whole(v).clone() for k, v in average.state_dict()["averaged"].items()}
     weights = {k: whole(v).clone() for k, v in trainer.model.state_dict().items()}

@@ -52,7 +52,7 @@ def make(folder, world, distributed, callbacks=(), model=None, **kwargs):
 
 
 def result(trainer):
-    trainer._writer.wait()
+    trainer._checkpoints.writer.wait()
     state = trainer.optimizer.state_dict()["state"]
     moments = {i: {k: whole(v).clone() for k, v in s.items()} for i, s in state.items()}
     weights = {k: whole(v).clone() for k, v in trainer.model.state_dict().items()}

@@ -166,7 +166,7 @@ def test_a_last_save_that_fails_is_what_the_user_hears(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         trainer.fit(1)
     assert position(tmp_path) == (0, 4, 1)  # the others have saved all the same
-    assert trainer._writer._thread is None
+    assert trainer._checkpoints.writer._thread is None
 
 
 @pytest.mark.parametrize("hook", ["on_train_end", "on_epoch_end"])

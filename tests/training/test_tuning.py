@@ -97,7 +97,7 @@ def test_a_range_test_begins_anew_whatever_was_loaded(tmp_path):
         trainer = build(tmp_path / f"{forgets}")
         trainer.load(inside)
         if forgets:
-            trainer._entry = None
+            trainer._checkpoints.entry = None
         torch.manual_seed(0)  # of dropout, which a run that goes on has from the checkpoint
         found.append(lr_range_test(trainer, 1e-5, 1.0, 8))
     assert found[0] == found[1]

@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -99,6 +99,16 @@ class Group:
         if made[1] is not None:
             raise made[1]
         return made[0]
+
+    def check_alike(self, own: Mapping[str, Any]) -> None:
+        """Raise where processes that have to be given the same things were not, naming the first of them."""
+        for rank, other in enumerate(self.gather(own)):
+            for name, value in other.items():
+                if value != own[name]:
+                    raise ProcessError(
+                        f"{name} is {own[name]!r} in process {self.rank} and {value!r} in process {rank}: "
+                        "pass the same to all"
+                    )
 
     def follow_leader(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors the values that they have in process 0."""

@@ -2,7 +2,6 @@
 
 import math
 import secrets
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -14,19 +13,19 @@ from torch import Tensor, nn
 
 from ununennium.metrics import Metric, MetricCollection
 from ununennium.training import checkpoint, checks
-from ununennium.training.batches import split_batch, to_device
-from ununennium.training.callbacks.averaging import WeightAverage
+from ununennium.training.batches import split_batch
 from ununennium.training.callbacks.base import Callback, CallbackList
-from ununennium.training.callbacks.checkpoint import CheckpointCallback
 from ununennium.training.callbacks.progress import ProgressCallback
 from ununennium.training.distributed import group_on, join
-from ununennium.training.errors import CheckpointError, NonFiniteError, ProcessError
+from ununennium.training.errors import CheckpointError, NonFiniteError
 from ununennium.training.explain import explain
 from ununennium.training.levers import Levers, fuse
 from ununennium.training.loading import EpochLoader, LoadedBatch
 from ununennium.training.modes import Modes, modes_restored
+from ununennium.training.nonfinite import check_finite, name_samples
 from ununennium.training.precision import Precision
 from ununennium.training.random_state import RandomState, mixed
+from ununennium.training.run_checkpoints import RunCheckpoints
 from ununennium.training.run_figures import RunFigures
 from ununennium.training.signals import Signals
 from ununennium.training.speed import Speed, Stopwatch
@@ -34,6 +33,7 @@ from ununennium.training.state import TrainState
 from ununennium.training.step import BatchResult, Stepper
 from ununennium.training.targets import check_targets
 from ununennium.training.transfer import Transfer
+from ununennium.training.votes import Votes
 from ununennium.training.windows import loss_setting, target_counter, windows
 
 
@@ -116,8 +116,6 @@ class Trainer:
         The final epoch count of the running ``fit``.
     rank, world_size : int
         Number of this process, and how many there are. Process 0 prints and writes.
-    clock : float
-        Seconds that all processes read alike, as of the last optimizer step.
     speed : Speed or None
         How fast the training pass of the last finished epoch went; of a resumed epoch, its rest.
 
@@ -195,7 +193,6 @@ class Trainer:
             lambda: TrainState(seed=secrets.randbits(32) if seed is None else int(seed))
         )
         self.epochs: int = 0
-        self.clock: float = self._group.of_leader(time.monotonic)
         given = [c for c in callbacks or () if self._group.leads or not isinstance(c, ProgressCallback)]
         shows = progress and self._group.leads and not any(isinstance(c, ProgressCallback) for c in given)
         self.callbacks: CallbackList = CallbackList([*given, *([ProgressCallback()] if shows else [])])
@@ -217,13 +214,12 @@ class Trainer:
         )  # fmt: skip
         self._figures = RunFigures(metrics, loss_fn, self.device, finite_only=skips, compiles=compile is not False)
         self._unseen = {True, False}  # whether training, for which no batch has been looked at
-        self._entry: checkpoint.Entry | None = None  # where the next fit goes on
-        self._writer = checkpoint.Writer()
+        self._checkpoints = RunCheckpoints(self._group)
         self._signals = Signals()
+        self._votes = Votes(self._group, self._signals, self.state)
         self._stopwatch = Stopwatch(self.device)
         self._transfer = Transfer(self.device)
         self.speed: Speed | None = None
-        self._leaving = self._stopping = False  # what several processes have agreed on
         self._leavable = False  # whether a signal may end the validation that is under way
 
     def fit(self, epochs: int, start_epoch: int = 0, *, resume: str | Path | None = None) -> dict[str, list[float]]:
@@ -261,14 +257,14 @@ class Trainer:
         """
         if resume is not None:
             self._resume(resume)
-        inside = self._entry is not None and self.state.inside_epoch
-        first = checks.first_epoch(epochs, start_epoch, None if self._entry is None else self.state.epoch)
+        inside = self.resumes and self.state.inside_epoch
+        first = checks.first_epoch(epochs, start_epoch, self.state.epoch if self.resumes else None)
         self.epochs, self._unseen = epochs, {True, False}
-        self.state.stopping &= self._entry is not None
+        self.state.stopping &= self.resumes
         self._check_monitors()
         checks.check_passes("train_loader", self.train_loader, epochs - first)
         checks.check_passes("val_loader", self.val_loader, epochs - first)
-        self._check_memories()
+        self._checkpoints.check(self.callbacks, self._figures, self.config)
         self._check_processes()
         modules = nn.ModuleList(self._modules())
         self._stepper.begin(modules.parameters(), modules.buffers())
@@ -281,8 +277,9 @@ class Trainer:
             try:
                 for hook in self.callbacks.train_start:
                     hook(self)
-                if self._entry is not None and self._entry.random is not None:
-                    self._entry.random.restore()
+                entry = self._checkpoints.entry
+                if entry is not None and entry.random is not None:
+                    entry.random.restore()
                 elif self.rank:  # a script seeds all processes alike: dropout must not be
                     RandomState.seeded(mixed(self.state.seed, self.state.optimizer_steps, self.rank)).restore()
                 for epoch in range(first, epochs):
@@ -291,25 +288,25 @@ class Trainer:
                     modes.restore()  # whatever a callback did
                     self._fit_epoch(epoch, inside)
                     inside = False
-                    self.state.stopping = self._group.any(self.state.stopping)
-                    self._act_on_signals(self._group.any(self._signals.pending))
-                self._writer.wait()
-                self._act_on_signals(self._group.any(self._signals.pending))
+                    self._votes.between_epochs()
+                self._checkpoints.writer.wait()
+                self._votes.between_epochs()
             except BaseException as error:
                 lost = self._group.lost(error)
                 self._leave(lost or error)
                 if lost is not None:
                     raise lost from error
                 raise
-            self._writer.release()
+            self._checkpoints.writer.release()
             self._stepper.unwrap()
             self.callbacks.end(self)
             self._signals.check()
         return self.history
 
     def _fit_epoch(self, epoch: int, inside: bool) -> None:
-        entry, self._entry = self._entry, None
-        self._leavable = self._leaving = self._stopping = False
+        entry, self._checkpoints.entry = self._checkpoints.entry, None
+        self._votes.begin_epoch()
+        self._leavable = False
         if not inside:
             self.state.begin_epoch(epoch)
             self._figures.train.reset()
@@ -330,7 +327,7 @@ class Trainer:
             try:
                 batch = self._prepare(loaded.batch, True)
                 train = self._levers.guarded(self._stepper.train) if True in self._unseen else self._stepper.train
-                result = train(batch, opens, closes, loaded.counts, self._wishes)
+                result = train(batch, opens, closes, loaded.counts, self._votes.cast)
                 self._observe(result, True, loaded.counts)
             except Exception as error:
                 if self._group.lost(error) is None:
@@ -339,19 +336,20 @@ class Trainer:
             self.state.digest = loaded.digest
             if closes:
                 self.state.validating = self.state.open_batches < self.gradient_accumulation_steps  # the end cuts short
-                self._step()
+                self._votes.hear(self._stepper.step())
             for hook in self.callbacks.batch_end:
                 hook(self, index, {"train_loss": result.loss})
             del result, batch  # they need not live through the next forward
             if closes:
-                self._writer.check()
-                self._act_on_signals(self._leaving)
-                if self._stopping if self.world_size > 1 else self.state.stopping:
+                self._checkpoints.writer.check()
+                self._votes.leave()
+                if self._votes.stopping:
                     break
         self.state.validating = True
         logs = self._figures.train.compute(*self._over_processes)
         self.speed = Speed.together(self._group.gather(self._stopwatch.read()))
-        self._check_finite(epoch)
+        if self.on_nonfinite == "raise":
+            check_finite(self._figures.train.loss, epoch)
         self.follow_leader(b for module in self._modules() for b in module.buffers())
         self.follow_leader(b for callback in self.callbacks.callbacks for b in callback.follows_leader)
         if self.val_loader is not None:
@@ -488,30 +486,11 @@ class Trainer:
         ValueError
             Between the batches of one optimizer step, whose gradients no checkpoint holds.
         """
-        if self.state.open_batches:
-            raise ValueError(
-                f"{self.state.open_batches} batches have gone into gradients that no optimizer step has used yet, and "
-                "a checkpoint does not hold gradients: save where trainer.state.open_batches is 0"
-            )
-        path = Path(path).expanduser()
-        contents = checkpoint.gather(self._run())
-        share = None
-        if self._group.sharded is not None and self.world_size > 1:
-            aside = self._group.of_leader(lambda: checkpoint.begin(path))
-            share = checkpoint.Share(self.rank, self.world_size, aside)
-        if share is None and not self._group.leads:
-            return path
-        writer = checkpoint.Writer() if wait else self._writer
-        writer.save(path, contents, done if self._group.leads else None, share)
-        if wait:
-            writer.wait()
-        return path
+        return self._checkpoints.save(path, self._run(), wait, done)
 
     def prepare_save(self) -> None:
         """Have the memory ready that ``save(…, wait=False)`` needs, so that none of them has to wait for it."""
-        contents = checkpoint.gather(self._run())
-        if self._group.leads or self._group.sharded is not None:
-            self._writer.reserve(contents, self.rank)
+        self._checkpoints.reserve(self._run())
 
     def load(self, path: str | Path) -> None:
         """Take over a checkpoint, or the one that a link (``best``, ``last``) leads to; the next ``fit`` goes on there.
@@ -521,7 +500,7 @@ class Trainer:
         CheckpointError
             If it is damaged or of another run, naming the difference; model and optimizer are as they were then.
         """
-        self._take_over(checkpoint.read(path))
+        self._figures = self._checkpoints.load(path, self._run(), self._figures)
 
     def load_weights(self, path: str | Path, *, averaged: bool | None = None) -> None:
         """Take over the model's weights from a checkpoint and nothing else; averages of a callback begin anew with it.
@@ -538,11 +517,7 @@ class Trainer:
         CheckpointError
             If it is damaged or of another model, or holds no averaged weights and they are asked for.
         """
-        contents = checkpoint.chosen(checkpoint.read(path), averaged)
-        checkpoint.load_weights(self.model, checkpoint.matched_weights(contents, self.model))
-        for callback in self.callbacks.callbacks:
-            if isinstance(callback, WeightAverage):
-                callback.reset()
+        self._checkpoints.load_weights(path, self.model, self.callbacks.callbacks, averaged)
 
     def training_batches(self, epoch: int) -> Iterator[Any]:
         """Yield the training batches of an epoch, on the device, between two epochs and for what trains nothing."""
@@ -569,7 +544,12 @@ class Trainer:
     @property
     def resumes(self) -> bool:
         """Whether a checkpoint was loaded, from which the ``fit`` that begins goes on."""
-        return self._entry is not None
+        return self._checkpoints.entry is not None
+
+    @property
+    def clock(self) -> float:
+        """Seconds that all processes read alike, as of the last optimizer step."""
+        return self._votes.clock
 
     @property
     def num_batches(self) -> int | None:
@@ -627,28 +607,6 @@ class Trainer:
         """Tell whether more is better for a figure of the logs; None if no metric says so."""
         return self._figures.higher_is_better(name)
 
-    def _act_on_signals(self, agreed: bool) -> None:
-        """Leave if a signal has come; of several processes all or none, at the next vote if it came after the last."""
-        if self.world_size == 1 or agreed:
-            self._signals.check(agreed)
-
-    def _wishes(self) -> Sequence[float]:
-        """Return what is voted on with a window: whether to leave, whether to stop, and the time by process 0."""
-        if self.world_size == 1:
-            return ()
-        leaving, stopping = float(self._signals.pending), float(self.state.stopping)
-        return leaving, stopping, time.monotonic() if self._group.leads else 0.0
-
-    def _step(self) -> None:
-        """Step, and learn what the processes have agreed on."""
-        heard = self._stepper.step()
-        if self.world_size == 1:
-            self.clock = time.monotonic()
-        elif heard:
-            leaving, stopping, self.clock = heard
-            self._leaving, self._stopping = leaving > 0, stopping > 0
-            self.state.stopping |= self._stopping  # for the checkpoint of this step
-
     @property
     def _over_processes(self) -> tuple[Any, ...]:
         return (self._group.gather, self._group.sum) if self.world_size > 1 else ()
@@ -661,13 +619,7 @@ class Trainer:
             figures.metrics.check_reducible()
         own = {**self._settings(), "seed": self.state.seed, "epochs": self.epochs, "state": self.state.optimizer_steps}
         own["callbacks that save"] = [type(c).__name__ for c in self.callbacks.savers]
-        for rank, other in enumerate(self._group.gather(own)):
-            for name, value in other.items():
-                if value != own[name]:
-                    raise ProcessError(
-                        f"{name} is {own[name]!r} in process {self.rank} and {value!r} in process {rank}: "
-                        "pass the same to all"
-                    )
+        self._group.check_alike(own)
 
     def _observe(self, result: BatchResult, training: bool, counts: bool = True) -> None:
         if training in self._unseen:
@@ -688,43 +640,8 @@ class Trainer:
             figures.names(validates), lambda name: figures.may_give(name, validates), validates, figures.known
         )
 
-    def _check_memories(self) -> None:
-        """Raise for a memory that no checkpoint could hold."""
-        memories = {f"{type(c).__name__}.state_dict()": c.state_dict() for c in self.callbacks.with_memory}
-        if self.callbacks.savers:
-            memories["the state of the metrics"] = self._figures.state_dict()
-            memories["config"] = self.config or {}
-        checkpoint.check_memories(memories)
-
-    def _check_finite(self, epoch: int) -> None:
-        bad = self._figures.train.loss.first_not_finite
-        if bad is not None and self.on_nonfinite == "raise":
-            error = NonFiniteError(
-                f"the loss of epoch {epoch} was not finite from batch {bad} on, which an accelerator tells at the "
-                "epoch's end. The weights went with it; no checkpoint was written since."
-            )
-            error.batches = range(bad, bad + 1)
-            raise error
-
-    def _name_samples(self, error: NonFiniteError) -> None:
-        """Add to an error what the sampler gave for the batches that it names, or else for the first bad one."""
-        if error.batches is None:  # from the copy that was to be saved
-            self._figures.train.loss.compute()
-            bad = self._figures.train.loss.first_not_finite
-            error.batches = None if bad is None else range(bad, bad + 1)
-        if error.batches:
-            samples = self._train_batches.indices(self.state.seed, self.state.epoch, error.batches)
-            listed = "; ".join(f"batch {number}: {indices!r:.200}" for number, indices in samples.items())
-            error.args = (f"{error} Samples of that step, by their indices: {listed or 'not known of this loader'}.",)
-
     def _resume(self, source: str | Path) -> None:
-        if source != "auto":
-            self.load(source)
-            return
-        folders = [c.path for c in self.callbacks.callbacks if isinstance(c, CheckpointCallback)]
-        if not folders:
-            raise ValueError('resume="auto" looks in the folder of a CheckpointCallback, and there is none: pass one')
-        path = self._group.of_leader(lambda: checkpoint.newest_of(folders))
+        path = self._checkpoints.newest(self.callbacks) if source == "auto" else source
         if path is not None:
             try:
                 self.load(path)
@@ -732,28 +649,15 @@ class Trainer:
                 error.add_note(f"The checkpoint is {path}.")
                 raise
 
-    def _take_over(self, contents: checkpoint.Contents) -> None:
-        random, states = checkpoint.of_rank(contents, self.rank, self.world_size)
-        try:
-            figures = self._figures.after(states)
-        except ValueError as error:
-            raise CheckpointError(
-                f"the checkpoint was left inside an epoch, and its metrics can't go on here: {error}. Mend that, or go "
-                "on from a checkpoint at an epoch's end"
-            ) from error
-        entry = checkpoint.restore(contents, self._run())
-        self._entry = entry._replace(random=None if random is None else RandomState(*random))
-        self._figures = figures
-
     def _leave(self, error: BaseException) -> None:
         """Close a run that an error ends, or a signal, after which the run is saved first."""
         signalled = error is self._signals.leaving
         if isinstance(error, NonFiniteError):
-            self._name_samples(error)
+            name_samples(error, self._figures.train.loss, self._train_batches, self.state)
         failures: list[Exception] = []
         saves = [partial(c.save, self) for c in self.callbacks.savers if signalled]
         patience = math.inf if signalled or self.world_size == 1 else 10.0
-        last: list[Callable[[], Any]] = [*saves, partial(self._writer.wait, patience)]
+        last: list[Callable[[], Any]] = [*saves, partial(self._checkpoints.writer.wait, patience)]
         if signalled:  # launchers end all when the first has left
             last.append(partial(self._group.any, False))
         for save in last:
@@ -761,7 +665,7 @@ class Trainer:
                 save()
             except Exception as failure:
                 failures.append(failure)
-        self._writer.release()
+        self._checkpoints.writer.release()
         self._stepper.unwrap()
         self.callbacks.end(self, failures[0] if signalled and failures else error)
         if signalled and failures:
@@ -806,13 +710,8 @@ class Trainer:
             settings=self._settings(),
             figures=self._figures.state_dict() if inside else None,
             loader=self._train_batches.state_dict() if inside else None,
-            gather=self._gather,
-            entry=self._entry,
             about={k: v for k, v in about.items() if v is not None},
         )
-
-    def _gather(self, value: Any) -> list[Any]:
-        return self._group.gather(to_device(value, torch.device("cpu")) if self.world_size > 1 else value)
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -25,8 +25,11 @@ from ununennium.training.errors import NonFiniteError, causes
 from ununennium.training.loading import EpochLoader
 from ununennium.training.modes import modes_restored
 from ununennium.training.random_state import RandomState
+from ununennium.training.run_checkpoints import RunCheckpoints
 from ununennium.training.run_figures import RunFigures
+from ununennium.training.signals import Signals
 from ununennium.training.state import TrainState
+from ununennium.training.votes import Votes
 
 if TYPE_CHECKING:
     from ununennium.training.trainer import Trainer
@@ -353,9 +356,10 @@ def _rehearse(trainer: Trainer, *callbacks: Callback) -> None:
     """Set a Trainer up, within `as_before`, to begin anew with other callbacks, without validation and metrics."""
     trainer.callbacks = CallbackList(callbacks)
     trainer.val_loader = None
-    trainer._entry = None
+    trainer._checkpoints = RunCheckpoints(trainer._group)
     trainer._figures = RunFigures([], trainer.loss_fn, trainer.device, finite_only=False)
-    trainer._signals = type(trainer._signals)()
+    trainer._signals = Signals()
+    trainer._votes = Votes(trainer._group, trainer._signals, trainer.state)
     trainer.state.load_state_dict(vars(TrainState(seed=trainer.state.seed)))
 
 

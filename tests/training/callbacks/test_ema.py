@@ -297,7 +297,7 @@ def test_weights_mutated_right_after_a_save_are_not_in_the_file(tmp_path):
     trainer.save(tmp_path / "c", wait=False)
     for value in ema.state_dict()["averaged"].values():
         value.zero_()
-    trainer._writer.wait()
+    trainer._checkpoints.writer.wait()
     found = load_file(tmp_path / "c" / "averaged.safetensors")
     assert all(torch.equal(found[k], v) for k, v in expected.items())
 

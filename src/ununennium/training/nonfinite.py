@@ -1,0 +1,30 @@
+"""What the end of a run by a loss that is not finite says: since when, and of which samples."""
+
+from ununennium.training.errors import NonFiniteError
+from ununennium.training.figures import RunningMean
+from ununennium.training.loading import EpochLoader
+from ununennium.training.state import TrainState
+
+
+def check_finite(loss: RunningMean, epoch: int) -> None:
+    """Raise for an epoch in which a loss was not finite, which an accelerator tells at its end."""
+    bad = loss.first_not_finite
+    if bad is not None:
+        error = NonFiniteError(
+            f"the loss of epoch {epoch} was not finite from batch {bad} on, which an accelerator tells at the epoch's "
+            "end. The weights went with it; no checkpoint was written since."
+        )
+        error.batches = range(bad, bad + 1)
+        raise error
+
+
+def name_samples(error: NonFiniteError, loss: RunningMean, batches: EpochLoader, state: TrainState) -> None:
+    """Add to an error what the sampler gave for the batches that it names, or else for the first bad one."""
+    if error.batches is None:  # from the copy that was to be saved
+        loss.compute()
+        bad = loss.first_not_finite
+        error.batches = None if bad is None else range(bad, bad + 1)
+    if error.batches:
+        samples = batches.indices(state.seed, state.epoch, error.batches)
+        listed = "; ".join(f"batch {number}: {indices!r:.200}" for number, indices in samples.items())
+        error.args = (f"{error} Samples of that step, by their indices: {listed or 'not known of this loader'}.",)
