@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from ununennium._arguments import integer
 from ununennium.losses import DiceLoss
 from ununennium.metrics import IoU
 from ununennium.training import (
@@ -330,6 +331,10 @@ SIZE = r"outputs of shape \(2, 4, 6, 6\) and targets of shape \(2, 5, 5\) differ
         ),
         case("binary, classes", BatchError, "CrossEntropyLoss", loss_fn=nn.BCEWithLogitsLoss()),
         case("one class", BatchError, "single channel", "num_classes=2", "BCEWithLogitsLoss", model=net(3, 1)),
+        case(
+            "probabilities", BatchError, "as probabilities do", "leave it out of the model",
+            model=nn.Sequential(net(3, 4), nn.Softmax(1)),
+        ),
         case("one class, silent", BatchError, "single channel", model=net(3, 1), loader=batches(masks=Y * 0)),
         case(
             "Dice of the wrong rank", ValueError, r"logits \(B, C, H, W\)", r"\(2, 6, 6\)", r"unsqueeze\(1\)",
@@ -665,7 +670,7 @@ def test_clip_norms_that_are_right(value):
 
 
 def test_integers_of_numpy_are_integers():
-    checks.check_integer("epochs", np.int64(3), minimum=1)
+    assert integer("epochs", np.int64(3), minimum=1) == 3
 
 
 def test_a_collection_of_metrics_is_to_be_put_in_a_list():

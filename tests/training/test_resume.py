@@ -6,16 +6,19 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from victim import ACCUMULATION, BATCH, EPOCHS, SAMPLES, Augmented, Log, build, digest, network, start_victim
 
+from ununennium.losses import DiceLoss
 from ununennium.metrics import IoU
 from ununennium.training import (
     Callback,
@@ -237,6 +240,42 @@ def test_what_can_not_be_exact_is_refused_by_name(tmp_path, change, message):
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
     trainer.load_weights(tmp_path / "last")
     assert not all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+
+
+WEIGHTED = {"weight": torch.tensor([1.0, 2.0, 3.0])}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (
+            nn.CrossEntropyLoss(),
+            nn.CrossEntropyLoss(label_smoothing=0.25),
+            r"'label_smoothing': 0\.0.*this one .*: 0\.25",
+        ),
+        (
+            nn.CrossEntropyLoss(**WEIGHTED),
+            nn.CrossEntropyLoss(torch.ones(3)),
+            r"'weight': \[1\.0, 2\.0, 3\.0\].*this one",
+        ),
+        (DiceLoss(), DiceLoss(smooth=1.0), r"'smooth': 0\.0.*this one .*'smooth': 1\.0"),
+        (partial(F.cross_entropy, label_smoothing=0.5), F.cross_entropy, r"loss_fn='partial', this one"),
+        (partial(F.cross_entropy, ignore_index=7, **WEIGHTED), partial(F.cross_entropy, ignore_index=7), r"'weight'"),
+        (partial(F.cross_entropy, label_smoothing=0.5), partial(F.cross_entropy, label_smoothing=0.0), r"0\.5\}, this"),
+    ],
+)
+def test_a_loss_with_other_options_is_refused(tmp_path, first, then, message):
+    def run(loss_fn):
+        saver = CheckpointCallback(tmp_path, "train_loss")
+        batches = [(torch.ones(2, 4, 5, 5), torch.tensor(0).expand(2, 5, 5))]
+        model = nn.Conv2d(4, 3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return Trainer(model, optimizer, loss_fn, batches, callbacks=[saver], device="cpu", progress=False)
+
+    run(first).fit(1)
+    with pytest.raises(CheckpointError, match=message):
+        run(then).fit(2, resume="auto")
+    run(first).fit(2, resume="auto")
 
 
 def test_another_precision_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The Trainer's loop: history, validation, counters, hooks, modes, metrics (traps 7, 8, 14, 17, 18)."""
 
+import inspect
 import math
 import random
 from collections import namedtuple
@@ -654,3 +655,19 @@ def test_a_checkpoint_knows_what_its_model_is_made_of_and_its_configuration(make
             model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), loader, progress=False,
             config={"path": tmp_path}, callbacks=[CheckpointCallback(tmp_path / "d", monitor="train_loss")],
         ).fit(1)  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_from_fit_to_backward_it_is_three_calls(window):
+    found = []
+    model = nn.Linear(2, 3)
+
+    def look(gradient):
+        frames = [frame.frame for frame in inspect.stack()]
+        ours = [f.f_code.co_name for f in frames if f.f_globals.get("__name__", "").startswith("ununennium.")]
+        found.append(ours[: ours.index("fit") + 1])
+
+    model.weight.register_hook(look)
+    batches = [(torch.ones(2, 2), torch.tensor([0, 2]))] * 4
+    make_trainer(model, batches, gradient_accumulation_steps=window).fit(1)
+    assert found[1:] == [["train", "_fit_epoch", "fit"]] * 3  # the first goes under a guard

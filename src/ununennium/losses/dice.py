@@ -114,7 +114,11 @@ class DiceLoss(nn.Module):
         """
         self._check(outputs, targets)
         if not self._seen_logits and not torch.compiler.is_compiling():
-            _refuse_probabilities(outputs)
+            if pixels.are_probabilities(outputs):
+                raise ValueError(
+                    "DiceLoss takes logits, but these outputs are at least 0 and sum to 1 over the classes at every "
+                    "pixel, as probabilities do: leave the softmax out of the model (DiceLoss applies it)"
+                )
             self._seen_logits = True
         settings = self.weight, self.ignore_index, self.smooth, self.per_image
         unrolled = None if torch.compiler.is_compiling() else self._unrolled
@@ -248,15 +252,3 @@ class _Dice(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 of_targets = pixels.target_gradient(*arguments)
         return of_logits, of_targets, None, None, None, None, None
-
-
-@torch.no_grad()
-def _refuse_probabilities(outputs: Tensor) -> None:
-    """Raise if every pixel's outputs are at least 0 and sum to 1, which no network's logits do."""
-    if outputs.shape[1] > 1 and outputs.numel():
-        sums = outputs.float().sum(1)
-        if bool((outputs >= 0).all() & ((sums - 1).abs() < 0.01).all()):
-            raise ValueError(
-                "DiceLoss takes logits, but these outputs are at least 0 and sum to 1 over the classes at every pixel, "
-                "as probabilities do: leave the softmax out of the model (DiceLoss applies it)"
-            )

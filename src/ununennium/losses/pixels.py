@@ -180,6 +180,14 @@ def refuse_strange_labels(labels: Tensor, classes: int, ignore_index: int | None
         )
 
 
+@torch.no_grad()
+def are_probabilities(outputs: Tensor) -> bool:
+    """Tell whether outputs (B, C, ...) are at least 0 and sum to 1 over the classes everywhere, as no logits do."""
+    if outputs.ndim < 2 or outputs.shape[1] < 2 or not outputs.numel():
+        return False
+    return bool((outputs >= 0).all() & ((outputs.float().sum(1) - 1).abs() < 0.01).all())
+
+
 def outside(found: str, expected: str, ignore_index: int | None) -> ValueError:
     """Make the error about targets that are none."""
     return ValueError(

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ununennium._arguments import integer
 from ununennium.data import Scene, Window
 from ununennium.data._files import CACHE_BYTES
 from ununennium.models import RasterModel
@@ -23,7 +24,7 @@ from ununennium.prediction._map import Pixels, aside, commit, make_cog
 from ununennium.prediction._model import Network, Output, homes_of, in_use, load_model
 from ununennium.prediction._tiles import Tiles, share_of
 from ununennium.training.checkpoint.snapshot import unwrapped
-from ununennium.training.checks import check_choice, check_integer, resolve_device
+from ununennium.training.checks import check_choice, resolve_device
 from ununennium.training.distributed import Group, group_on, join
 from ununennium.training.errors import NonFiniteError
 from ununennium.training.precision import Precision
@@ -356,10 +357,10 @@ def _gdal(threads: int) -> Any:
 
 def _check(tile: int, overlap: int, batch_size: int, output: str, threads: int | None) -> None:
     check_choice("output", output, ("classes", "probabilities", "logits"))
-    check_integer("tile", tile, minimum=1)
-    check_integer("overlap", overlap, minimum=0)
-    check_integer("batch_size", batch_size, minimum=1)
-    check_integer("threads", 1 if threads is None else threads, minimum=1)
+    integer("tile", tile, minimum=1)
+    integer("overlap", overlap, minimum=0)
+    integer("batch_size", batch_size, minimum=1)
+    integer("threads", 1 if threads is None else threads, minimum=1)
     if overlap >= tile:
         raise ValueError(f"overlap={overlap} must be less than tile={tile}: leave it out for an eighth of it")
 

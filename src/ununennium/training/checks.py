@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ununennium._arguments import integer
 from ununennium.training.batches import describe
 from ununennium.training.errors import BatchError
 
@@ -38,14 +39,6 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             "out for the best one there is"
         )
     return resolved
-
-
-def check_integer(name: str, value: Any, minimum: int) -> None:
-    """Raise unless ``value`` is an integer of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -179,8 +172,8 @@ def first_epoch(epochs: int, start_epoch: int, loaded: int | None) -> int:
     TypeError, ValueError
         For a count that is no integer or out of range, or a start that contradicts the checkpoint.
     """
-    check_integer("epochs", epochs, minimum=1)
-    check_integer("start_epoch", start_epoch, minimum=0)
+    integer("epochs", epochs, minimum=1)
+    integer("start_epoch", start_epoch, minimum=0)
     if loaded is not None:
         if start_epoch not in (0, loaded):
             raise ValueError(

@@ -3,6 +3,7 @@
 import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -152,56 +153,53 @@ class Stepper:
             ``wishes()`` gives numbers to be summed over the processes with the last batch, in the one vote that a
             window needs anyhow: cast before going backward, it is there when the gradient is.
         """
-        if closes:
-            return self._train(batch, opens, closes, counts, wishes)
-        with self._group.gathering(self._forward):
-            return self._train(batch, opens, closes, counts, wishes)
-
-    def _train(
-        self, batch: Any, opens: bool, closes: bool, counts: bool, wishes: Callable[[], Sequence[float]]
-    ) -> BatchResult:
-        if opens:
-            self._window.clear()
-            self._total = 0.0
-            for parameter in self._parameters:
-                parameter.grad = None
-            if self._group.sharded is not None:
-                self._group.follow_leader(self._group.sharded.buffers())  # as DDP does by itself
-            if self._buffers:
-                self._before = [buffer.clone() for buffer in self._buffers]
-        with self._precision.autocast():
-            mean, outputs, targets = self._forward(batch)
-        count = self._count(outputs, targets, batch) if counts else 0
-        if self.looks and isinstance(count, Tensor):
-            count = count.item()
-        loss = mean.detach()
-        self._window.append((loss, count))
-        alone = self._group.size == 1
-        if alone and self.looks and not count:
-            self._add_nothing()
-        else:
-            if not self.looks or not alone:
-                _block_empty(outputs, count)
-            if alone and opens and closes:
-                self._backward(mean, None)
+        with nullcontext() if closes else self._group.gathering(self._forward):
+            if opens:
+                self._open()
+            with self._precision.autocast():
+                mean, outputs, targets = self._forward(batch)
+            count = self._count(outputs, targets, batch) if counts else 0
+            if self.looks and isinstance(count, Tensor):
+                count = count.item()
+            loss = mean.detach()
+            self._window.append((loss, count))
+            alone = self._group.size == 1
+            if alone and self.looks and not count:
+                self._add_nothing()
             else:
-                if opens:
-                    self._unit = self._unit_of(targets)
-                share = _exact(count, loss.device) / self._unit
-                self._total = self._total + share
-                if closes and not alone:
-                    self._votes = self._group.start_sum([self._total, self._has_bad_loss()], wishes())
-                self._backward(mean, share.to(loss.dtype))
+                if not self.looks or not alone:
+                    _block_empty(outputs, count)
+                if alone and opens and closes:
+                    weight = self._one_like(mean)
+                else:
+                    if opens:
+                        self._unit = self._unit_of(targets)
+                    share = _exact(count, loss.device) / self._unit
+                    self._total = self._total + share
+                    if closes and not alone:
+                        self._votes = self._group.start_sum([self._total, self._has_bad_loss()], wishes())
+                    weight = share.to(loss.dtype)
+                self._precision.scale(mean).backward(weight)
         self._state.batch += 1
         self._state.open_batches += 1
         return BatchResult(loss, count, outputs.detach() if isinstance(outputs, Tensor) else outputs, targets)
 
-    def _backward(self, mean: Tensor, share: Tensor | None) -> None:
-        if share is None:
-            share = self._one
-            if share.dtype != mean.dtype or share.device != mean.device:
-                share = self._one = torch.ones_like(mean, requires_grad=False)
-        self._precision.scale(mean).backward(share)  # given none, PyTorch makes a tensor of one each time
+    def _open(self) -> None:
+        """Begin a window."""
+        self._window.clear()
+        self._total = 0.0
+        for parameter in self._parameters:
+            parameter.grad = None
+        if self._group.sharded is not None:
+            self._group.follow_leader(self._group.sharded.buffers())  # as DDP does by itself
+        if self._buffers:
+            self._before = [buffer.clone() for buffer in self._buffers]
+
+    def _one_like(self, mean: Tensor) -> Tensor:
+        """Return a 1 to go backward from, the same each time: given none, PyTorch makes one."""
+        if self._one.dtype != mean.dtype or self._one.device != mean.device:
+            self._one = torch.ones_like(mean, requires_grad=False)
+        return self._one
 
     def _unit_of(self, targets: Any) -> int:
         unit = max(targets.numel(), 1) if isinstance(targets, Tensor) else 1

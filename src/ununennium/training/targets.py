@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ununennium.losses.pixels import are_probabilities
 from ununennium.training.errors import BatchError
 from ununennium.training.windows import loss_setting
 
@@ -15,14 +16,16 @@ from ununennium.training.windows import loss_setting
 ELEMENTWISE: tuple[Any, ...] = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 ELEMENTWISE += (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 BINARY = (nn.BCEWithLogitsLoss, nn.BCELoss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy)
-OVER_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
+CROSS_ENTROPY = (nn.CrossEntropyLoss, F.cross_entropy)
+OVER_CLASSES = (*CROSS_ENTROPY, nn.NLLLoss, F.nll_loss)
 
 
 def check_targets(outputs: Any, targets: Any, loss_fn: Any) -> None:
     """Raise if a loss did not complain of targets that it can't have understood.
 
     Those are: a shape that was broadcast against the outputs', labels outside the classes, values outside 0 … 1 for
-    a binary cross-entropy, masks in floating point for a loss over classes, a cross-entropy over a single class.
+    a binary cross-entropy, masks in floating point for a loss over classes, a cross-entropy over a single class or of
+    outputs that are probabilities already.
 
     Raises
     ------
@@ -45,6 +48,11 @@ def check_targets(outputs: Any, targets: Any, loss_fn: Any) -> None:
             reason = (
                 f"the model gives a single channel (outputs of shape {tuple(outputs.shape)}), of which a cross-entropy "
                 "over classes learns nothing: create the model with num_classes=2, or use BCEWithLogitsLoss"
+            )
+        elif is_one_of(loss_fn, CROSS_ENTROPY) and are_probabilities(outputs):
+            reason = (
+                "the model's outputs are at least 0 and sum to 1 over the classes, as probabilities do, and a "
+                "cross-entropy takes logits, to which it applies the softmax itself: leave it out of the model"
             )
         elif targets.is_floating_point():
             knows_classes = is_one_of(loss_fn, OVER_CLASSES) or loss_setting(loss_fn, "ignore_index") is not None

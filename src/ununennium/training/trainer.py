@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ununennium._arguments import integer
 from ununennium.metrics import Metric, MetricCollection
 from ununennium.training import checkpoint, checks
 from ununennium.training.batches import split_batch
@@ -34,7 +35,7 @@ from ununennium.training.step import BatchResult, Stepper
 from ununennium.training.targets import check_targets
 from ununennium.training.transfer import Transfer
 from ununennium.training.votes import Votes
-from ununennium.training.windows import loss_setting, target_counter, windows
+from ununennium.training.windows import loss_options, loss_setting, target_counter, windows
 
 
 class Trainer:
@@ -155,8 +156,8 @@ class Trainer:
         checks.check_model_and_loss(model, loss_fn)
         checks.check_optimizer(optimizer, model, loss_fn)
         checks.check_loader("train_loader", train_loader)
-        checks.check_integer("gradient_accumulation_steps", gradient_accumulation_steps, minimum=1)
-        checks.check_integer("seed", 0 if seed is None else seed, minimum=0)
+        integer("gradient_accumulation_steps", gradient_accumulation_steps, minimum=1)
+        integer("seed", 0 if seed is None else seed, minimum=0)
         checks.check_clip_norm(gradient_clip_norm)
         checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         checks.check_list("callbacks", callbacks)
@@ -179,6 +180,7 @@ class Trainer:
         self.optimizer = optimizer
         moved = loss_fn.to(self.device) if isinstance(loss_fn, nn.Module) else loss_fn
         self.loss_fn: nn.Module | Callable[..., Tensor] = moved
+        self._loss_options = loss_options(loss_fn)  # as given: a callback may change them, a checkpoint too
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -716,6 +718,7 @@ class Trainer:
     def _settings(self) -> dict[str, Any]:
         return {
             "loss_fn": getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__),
+            "loss_options": self._loss_options,
             "ignore_index": loss_setting(self.loss_fn, "ignore_index"),
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "gradient_clip_norm": self.gradient_clip_norm,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from ununennium._arguments import integer
 from ununennium.training import checks
 from ununennium.training.batches import tensors_in
 from ununennium.training.callbacks.base import Callback, CallbackList
@@ -144,7 +145,7 @@ def lr_range_test(
     Smith: Cyclical Learning Rates for Training Neural Networks, WACV 2017 (arXiv 1506.01186), section 3.3. The
     exponential ramp, the smoothing and the end at divergence are fastai's (Howard, Gugger: fastai, Information 2020).
     """
-    checks.check_integer("num_steps", num_steps, minimum=2)
+    integer("num_steps", num_steps, minimum=2)
     if not 0 < min_lr < max_lr < math.inf:
         raise ValueError(f"min_lr and max_lr must be 0 < min_lr < max_lr, got {min_lr} and {max_lr}")
     if not 0 <= smoothing < 1 or not divergence > 1:
@@ -275,8 +276,8 @@ def largest_batch(
         global_batch = None if size is None else size * made.gradient_accumulation_steps
     if global_batch is None:
         raise ValueError("global_batch is not known of this loader: say how many samples an optimizer step is to see")
-    checks.check_integer("global_batch", global_batch, minimum=1)
-    checks.check_integer("limit_bytes", 1 if limit_bytes is None else limit_bytes, minimum=1)
+    integer("global_batch", global_batch, minimum=1)
+    integer("limit_bytes", 1 if limit_bytes is None else limit_bytes, minimum=1)
     if made is not None:
         _check_one_process(made)
         check_rebatchable(made.train_loader)

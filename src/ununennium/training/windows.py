@@ -1,5 +1,6 @@
 """Accumulation windows: which batches share an optimizer step, and what each counts for."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from numbers import Integral
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ununennium.training.batches import is_on_host, num_samples
 
@@ -42,6 +43,7 @@ def windows(batches: Iterable[Any], size: int) -> Iterator[tuple[Any, bool, bool
         batch = next(iterator, end) if full else following
 
 
+_FEW = 4096  # class weights are fewer
 Count = Callable[[Any, Any, Any], Tensor | float]
 
 
@@ -99,3 +101,24 @@ def loss_setting(loss_fn: Any, name: str) -> Any:
     if name == "ignore_index" and loss_fn in (F.cross_entropy, F.nll_loss):
         return -100
     return getattr(loss_fn, name, None)
+
+
+def loss_options(loss_fn: Any) -> dict[str, Any]:
+    """Return the options that a loss was made with, as plain data: arguments of its constructor that it keeps.
+
+    Of a `functools.partial` those that it gives. Learnable weights are no option, nor is what is no plain data.
+    """
+    options: dict[str, Any] = {}
+    while isinstance(loss_fn, partial):
+        options = {**loss_fn.keywords, **options}
+        loss_fn = loss_fn.func
+    if isinstance(loss_fn, nn.Module):
+        names = inspect.signature(type(loss_fn)).parameters
+        options |= {name: getattr(loss_fn, name) for name in names if hasattr(loss_fn, name)}
+    plain: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.numel() <= _FEW:
+            plain[name] = value.detach().tolist()
+        elif isinstance(value, (bool, int, float, str, type(None))):
+            plain[name] = value
+    return plain

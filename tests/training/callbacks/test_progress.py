@@ -283,3 +283,20 @@ def test_the_bar_costs_a_look_at_the_clock_between_two_drawings(monkeypatch, scr
     trainer.fit(1)
     assert sum(told) == 200
     assert len(told) < 100
+
+
+def test_a_run_that_goes_on_says_where_and_one_that_is_finished_says_so(tmp_path, capsys):
+    for epochs in (1, 2, 2):
+        model = nn.Linear(2, 1)
+        batches = [(torch.ones(2, 2), torch.ones(2, 1))] * 3
+        saver = CheckpointCallback(tmp_path, "train_loss")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        Trainer(model, optimizer, nn.MSELoss(), batches, callbacks=[saver], device="cpu", seed=5).fit(
+            epochs, resume="auto"
+        )
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("seed")]
+    assert lines == [
+        "seed 5",
+        "seed 5, going on after optimizer step 3 in epoch 2",
+        "seed 5, finished: 2 of 2 epochs are trained",
+    ]

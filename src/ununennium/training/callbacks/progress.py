@@ -50,8 +50,13 @@ class ProgressCallback(Callback):
         """Forget the table of an earlier run; say which seed this one has, and where it goes on."""
         self._columns, self._warned = [], False
         state = trainer.state
-        where = f", going on after optimizer step {state.optimizer_steps} in epoch {state.epoch + 1}"
-        self._print(f"seed {state.seed}{where if trainer.resumes else ''}")
+        if not trainer.resumes:
+            where = ""
+        elif state.epoch < trainer.epochs:
+            where = f", going on after optimizer step {state.optimizer_steps} in epoch {state.epoch + 1}"
+        else:
+            where = f", finished: {state.epoch} of {trainer.epochs} epochs are trained"
+        self._print(f"seed {state.seed}{where}")
 
     def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
         """Open a bar."""
