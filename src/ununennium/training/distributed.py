@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ununennium.training.batches import tensors_in
 from ununennium.training.errors import ProcessError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -38,6 +39,8 @@ class Group:
         Whether this is process 0, which prints and writes.
     sharded : nn.Module or None
         The model whose parameters are sharded over the processes.
+    given : list of Tensor
+        What that model has given since it was cleared, and gradients go back through.
     """
 
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
@@ -46,6 +49,7 @@ class Group:
         self.size = size
         self.leads: bool = rank == 0
         self.sharded: Any = None
+        self.given: list[Tensor] = []
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over all processes, on the device."""
@@ -161,7 +165,11 @@ class Group:
         sharded = dict(model.named_parameters())
         for group, of_group in zip(optimizer.param_groups, held, strict=True):
             group["params"] = [sharded[name] for name in of_group]
+        model.register_forward_hook(torch.compiler.disable(self._keep_given))
         self.sharded = model
+
+    def _keep_given(self, module: nn.Module, arguments: Any, given: Any) -> None:
+        self.given += [tensor for tensor in tensors_in(given) if tensor.requires_grad]
 
     def wrap(self, forward: Callable[[Any], Any], modules: Sequence[nn.Module], find_unused: bool) -> Any:
         """Return what computes a batch, and reduces the gradient of the modules over all processes going backward."""

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -183,6 +183,18 @@ class EpochLoader:
             "batch_size": None if batch_size is None else batch_size * self._size,
             "batches": _length(self),
         }
+
+    @cached_property
+    def split(self) -> str | None:
+        """Which samples a `torch.utils.data.Subset` takes of its dataset, as a digest; None of any other dataset."""
+        dataset = getattr(self.loader, "dataset", None)
+        hashed, samples = hashlib.sha256(), None
+        while isinstance(dataset, Subset):
+            indices = np.asarray(dataset.indices)
+            hashed.update(repr(indices.tolist()).encode() if indices.dtype == object else indices.tobytes())
+            samples = len(indices) if samples is None else samples
+            dataset = dataset.dataset
+        return None if samples is None else f"{samples} of {_length(dataset)} samples, digest {hashed.hexdigest()[:12]}"
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return the position of an iterable loader that can tell it, between two batches; None of any other."""

@@ -2,13 +2,14 @@
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ununennium.training.batches import tensors_in
 from ununennium.training.distributed import Group, local, reader, whole
 from ununennium.training.errors import NonFiniteError
 from ununennium.training.precision import Precision
@@ -65,6 +66,9 @@ class Stepper:
     skips : bool, default False
         Leave out a step whose loss or gradient is not finite, instead of raising. On an accelerator, the host then
         waits for the device once a window.
+    by_outputs : bool, default False
+        Whether the loss sees nothing but the model's outputs, and learns nothing itself, so that no gradient reaches a
+        parameter but through them.
 
     Attributes
     ----------
@@ -85,6 +89,7 @@ class Stepper:
         group: Group,
         window: int,
         skips: bool = False,
+        by_outputs: bool = False,
     ) -> None:
         self.gradient_norm: Tensor | None = None
         self.looks: bool = False
@@ -97,6 +102,7 @@ class Stepper:
         self._group = group
         self._size = window
         self._skips = skips
+        self._by_outputs = by_outputs
         self._forward: Any = compute_loss
         self._reduced: list[bool] | None = None
         self._parameters: list[Tensor] = []
@@ -167,8 +173,6 @@ class Stepper:
             if alone and self.looks and not count:
                 self._add_nothing()
             else:
-                if not self.looks or not alone:
-                    _block_empty(outputs, count)
                 if alone and opens and closes:
                     weight = self._one_like(mean)
                 else:
@@ -179,7 +183,9 @@ class Stepper:
                     if closes and not alone:
                         self._votes = self._group.start_sum([self._total, self._has_bad_loss()], wishes())
                     weight = share.to(loss.dtype)
-                self._precision.scale(mean).backward(weight)
+                with nullcontext() if alone and self.looks else self._nothing_from_empty(outputs, count):
+                    self._precision.scale(mean).backward(weight)
+            self._group.given.clear()
         self._state.batch += 1
         self._state.open_batches += 1
         return BatchResult(loss, count, outputs.detach() if isinstance(outputs, Tensor) else outputs, targets)
@@ -200,6 +206,34 @@ class Stepper:
         if self._one.dtype != mean.dtype or self._one.device != mean.device:
             self._one = torch.ones_like(mean, requires_grad=False)
         return self._one
+
+    @contextmanager
+    def _nothing_from_empty(self, outputs: Any, count: Tensor | float) -> Iterator[None]:
+        """Let no gradient in while a batch goes backward that holds no target, without waiting to know whether it does.
+
+        Its share is 0, and 0 times what its loss makes of 0 / 0 is NaN. Where the loss sees nothing but the outputs of
+        the model, that is stopped there; else at each parameter.
+        """
+        if not isinstance(count, Tensor) and count:
+            yield
+            return
+        empty = count == 0
+
+        def stop(gradient: Tensor) -> Tensor:
+            return torch.where(empty, 0, gradient) if isinstance(empty, Tensor) else torch.zeros_like(gradient)
+
+        if self._group.sharded is not None:  # its parameters are others while it computes
+            held = [*self._group.given, *tensors_in(outputs)]
+        elif self._by_outputs and isinstance(outputs, Tensor):
+            held = [outputs]
+        else:
+            held = self._parameters
+        handles = [tensor.register_hook(stop) for tensor in held if tensor.requires_grad]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _unit_of(self, targets: Any) -> int:
         unit = max(targets.numel(), 1) if isinstance(targets, Tensor) else 1
@@ -342,16 +376,6 @@ class Stepper:
         )
         error.batches = batches
         return error
-
-
-def _block_empty(outputs: Any, count: Tensor | float) -> None:
-    """Let no gradient into the model if the batch holds no target, without waiting to know whether it does."""
-    if not isinstance(outputs, Tensor) or not outputs.requires_grad:
-        return
-    if isinstance(count, Tensor):
-        outputs.register_hook(lambda gradient: torch.where(count > 0, gradient, 0))
-    elif not count:
-        outputs.register_hook(torch.zeros_like)
 
 
 def _exact(count: Tensor | float, device: torch.device) -> Tensor:

@@ -210,9 +210,10 @@ class Trainer:
             self._group.shard(self.model, optimizer, self.precision.dtype)
         self._levers = Levers(self.model, self.loss_fn, False if sharded else channels_last, compile)
         skips = on_nonfinite == "skip"
+        learns = isinstance(loss_fn, nn.Module) and any(True for _ in loss_fn.parameters())
         self._stepper = Stepper(
             self.compute_loss, target_counter(loss_fn), optimizer, self.precision, gradient_clip_norm, self.state,
-            self._group, gradient_accumulation_steps, skips=skips,
+            self._group, gradient_accumulation_steps, skips=skips, by_outputs=self._standard_step and not learns,
         )  # fmt: skip
         self._figures = RunFigures(metrics, loss_fn, self.device, finite_only=skips, compiles=compile is not False)
         self._unseen = {True, False}  # whether training, for which no batch has been looked at
@@ -290,9 +291,10 @@ class Trainer:
                     modes.restore()  # whatever a callback did
                     self._fit_epoch(epoch, inside)
                     inside = False
-                    self._votes.between_epochs()
+                    self._votes.stop_together()
+                    self._votes.leave_together()
                 self._checkpoints.writer.wait()
-                self._votes.between_epochs()
+                self._votes.leave_together()
             except BaseException as error:
                 lost = self._group.lost(error)
                 self._leave(lost or error)
@@ -326,7 +328,10 @@ class Trainer:
             for hook in self.callbacks.batch_start:
                 hook(self, index)
             batch = None
+            self._votes.order = loaded.digest
             try:
+                if True in self._unseen:
+                    self._group.check_alike({"the order of the samples": loaded.digest})
                 batch = self._prepare(loaded.batch, True)
                 train = self._levers.guarded(self._stepper.train) if True in self._unseen else self._stepper.train
                 result = train(batch, opens, closes, loaded.counts, self._votes.cast)
@@ -619,7 +624,13 @@ class Trainer:
             return
         for figures in (self._figures.train, self._figures.val):
             figures.metrics.check_reducible()
-        own = {**self._settings(), "seed": self.state.seed, "epochs": self.epochs, "state": self.state.optimizer_steps}
+        own = {
+            **self._settings(),
+            **self._splits(),
+            "seed": self.state.seed,
+            "epochs": self.epochs,
+            "state": self.state.optimizer_steps,
+        }
         own["callbacks that save"] = [type(c).__name__ for c in self.callbacks.savers]
         self._group.check_alike(own)
 
@@ -709,7 +720,7 @@ class Trainer:
             self.precision,
             self.callbacks.with_memory,
             self.state,
-            settings=self._settings(),
+            settings={**self._settings(), **self._splits()},
             figures=self._figures.state_dict() if inside else None,
             loader=self._train_batches.state_dict() if inside else None,
             about={k: v for k, v in about.items() if v is not None},
@@ -726,3 +737,8 @@ class Trainer:
             "train_loader": self._train_batches.describe(),
             "val_loader": self._val_batches.describe(),
         }
+
+    def _splits(self) -> dict[str, str]:
+        """Return which samples the loaders take of their datasets, by a name that tells how it may be amiss."""
+        of = {"training": self._train_batches.split, "validation": self._val_batches.split}
+        return {f"the {k} split (random_split needs a seeded generator)": v for k, v in of.items() if v is not None}

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 from ununennium.training.distributed import Group
+from ununennium.training.errors import ProcessError
 from ununennium.training.signals import Signals
 from ununennium.training.state import TrainState
 
@@ -27,10 +28,13 @@ class Votes:
     ----------
     clock : float
         Seconds that all processes read alike, as of the last optimizer step.
+    order : str
+        Digest of the order of samples up to the batch that is going forward, compared with each vote.
     """
 
     def __init__(self, group: Group, signals: Signals, state: TrainState) -> None:
         self.clock: float = group.of_leader(time.monotonic)
+        self.order: str = ""
         self._group = group
         self._signals = signals
         self._state = state
@@ -41,18 +45,31 @@ class Votes:
         self._leaving = self._stopping = False
 
     def cast(self) -> Sequence[float]:
-        """Return what is voted on with a window: whether to leave, whether to stop, and the time by process 0."""
+        """Return what is voted on with a window: to leave, to stop, the time by process 0, and the order of samples."""
         if self._group.size == 1:
             return ()
         leaving, stopping = float(self._signals.pending), float(self._state.stopping)
-        return leaving, stopping, time.monotonic() if self._group.leads else 0.0
+        order = float(int(self.order[:4] or "0", 16))  # 16 bits of it, whose squares add up exactly
+        return leaving, stopping, time.monotonic() if self._group.leads else 0.0, order, order**2
 
     def hear(self, sums: Sequence[float]) -> None:
-        """Learn what was agreed on, from the sums of what all have cast; empty if there are none yet."""
+        """Learn what was agreed on, from the sums of what all have cast; empty if there are none yet.
+
+        Raises
+        ------
+        ProcessError
+            If the processes draw different orders.
+        """
         if self._group.size == 1:
             self.clock = time.monotonic()
         elif sums:
-            leaving, stopping, self.clock = sums
+            leaving, stopping, self.clock, orders, squares = sums
+            if self._group.size * squares != orders**2:  # equal only if all are
+                raise ProcessError(
+                    "the processes draw different orders of the samples, so that some are trained twice and others "
+                    "never: the sampler, or what it is made of, has to be the same in all of them, with a seed that "
+                    "does not depend on the process; the Trainer shares the batches out by itself"
+                )
             self._leaving, self._stopping = leaving > 0, stopping > 0
             self._state.stopping |= self._stopping  # for the checkpoint of this step
 
@@ -66,8 +83,11 @@ class Votes:
         if self._group.size == 1 or self._leaving:
             self._signals.check(self._leaving)
 
-    def between_epochs(self) -> None:
-        """Ask all at once where there is no window to vote with: stop if one wants to, leave if one wants to."""
+    def stop_together(self) -> None:
+        """Ask all at once, where there is no window to vote with: stop if one wants to."""
         self._state.stopping = self._group.any(self._state.stopping)
+
+    def leave_together(self) -> None:
+        """Ask all at once, where there is no window to vote with: leave if one wants to."""
         if self._group.any(self._signals.pending):
             self._signals.check(elsewhere=True)
