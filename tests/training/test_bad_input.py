@@ -186,6 +186,9 @@ EMPTY = r"is empty.*no samples.*drop_last=True.*batch_size smaller"
             case(f"clip {v!r}", ValueError, "gradient_clip_norm", "number above 0, or None", gradient_clip_norm=v)
             for v in (0, -1.0, float("nan"), float("inf"), "1e-3", True)
         ),
+        case("a seed below", ValueError, "seed must be at least 0, got -1", seed=-1),
+        case("a seed too large", ValueError, r"seed must be below 2\*\*63", "a smaller one", seed=2**63),
+        case("a list as config", TypeError, "config must be a mapping", "give a dict", config=[1, 2]),
         case("no samples", ValueError, "train_loader", EMPTY, loader=[]),
         case("drop_last", ValueError, "train_loader", EMPTY, loader=batches(size=9, drop_last=True)),
         case("no val samples", ValueError, "val_loader", EMPTY, val_loader=batches(size=9, drop_last=True)),

@@ -97,6 +97,29 @@ def test_nothing_that_is_not_finite_is_saved(make_model, make_data, monkeypatch,
     assert (tmp_path / "last").resolve() == path
 
 
+def test_weights_that_the_loss_scaler_has_kept_are_not_called_lost(make_model, make_data, as_on_an_accelerator):
+    trainer = make_trainer(
+        make_model().float(), DataLoader(single(with_bad(make_data(8), 4)), 2), mixed_precision="fp16"
+    )
+    with pytest.raises(
+        NonFiniteError, match=r"from batch 2 on.*The weights are finite, as the loss scaler left"
+    ) as caught:
+        trainer.fit(1)
+    assert (trainer.state.optimizer_steps, trainer.state.skipped_steps) == (3, 1)
+    assert "went with it" not in str(caught.value)
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+
+
+def test_weights_that_are_lost_are_called_so(make_model, make_data, as_on_an_accelerator):
+    trainer = make_trainer(make_model(), DataLoader(with_bad(make_data(8), 4), 2))
+    with pytest.raises(NonFiniteError, match=r"from batch 2 on.*The weights went with it.*fit\(\.\.\., resume="):
+        trainer.fit(1)
+
+
+def single(data):
+    return TensorDataset(data.tensors[0].float(), data.tensors[1])
+
+
 class BatchNormed(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))

@@ -205,6 +205,16 @@ def test_a_pointer_is_resumed_from_and_the_seed_of_the_arguments_gives_way(tmp_p
     assert trainer.state.seed == 3
 
 
+def test_a_checkpoint_that_does_not_fit_is_named_and_one_that_is_not_there_once(tmp_path):
+    build(tmp_path, seed=3).fit(1)
+    with pytest.raises(CheckpointError) as caught:
+        other_loader(build(tmp_path / "other"), batch_size=3).fit(2, resume=tmp_path / "last")
+    assert caught.value.__notes__ == [f"The checkpoint is {tmp_path / 'last'}."]
+    with pytest.raises(CheckpointError, match="there is no checkpoint at") as caught:
+        build(tmp_path / "other").fit(2, resume=tmp_path / "nope")
+    assert not hasattr(caught.value, "__notes__")
+
+
 def test_auto_without_a_folder_to_look_in_says_so():
     model = nn.Linear(2, 1)
     trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), nn.MSELoss(), [1], progress=False)

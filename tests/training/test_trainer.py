@@ -671,3 +671,8 @@ def test_from_fit_to_backward_it_is_three_calls(window):
     batches = [(torch.ones(2, 2), torch.tensor([0, 2]))] * 4
     make_trainer(model, batches, gradient_accumulation_steps=window).fit(1)
     assert found[1:] == [["train", "_fit_epoch", "fit"]] * 3  # the first goes under a guard
+
+
+def test_metrics_may_come_from_a_generator(make_model, loader):
+    history = make_trainer(make_model(), loader, loader, metrics=(metric for metric in [IoU(4)])).fit(1)
+    assert {"train_iou", "val_iou"} <= history.keys()

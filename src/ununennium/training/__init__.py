@@ -19,7 +19,14 @@ from ununennium.training.callbacks import (
     WandbLogger,
 )
 from ununennium.training.checkpoint import export_weights
-from ununennium.training.errors import BatchError, CheckpointError, DataOrderError, NonFiniteError, Preempted
+from ununennium.training.errors import (
+    BatchError,
+    CheckpointError,
+    DataOrderError,
+    NonFiniteError,
+    Preempted,
+    ProcessError,
+)
 from ununennium.training.trainer import Trainer
 from ununennium.training.tuning import largest_batch, lr_range_test
 
@@ -39,6 +46,7 @@ __all__ = [
     "NonFiniteError",
     "Preempted",
     "PreviewCallback",
+    "ProcessError",
     "ProfilerCallback",
     "ProgressCallback",
     "ReportCallback",

@@ -41,6 +41,19 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
+def check_seed(seed: Any) -> None:
+    """Raise unless a seed is None or an integer from which an order can be drawn."""
+    if seed is not None and integer("seed", seed, minimum=0) >= 2**63:
+        raise ValueError(f"seed must be below 2**63, got {seed}: take a smaller one")
+
+
+def plain_mapping(name: str, value: Any) -> dict[str, Any]:
+    """Return a mapping as a dict; raise for anything else."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping of plain data, got {describe(value)}: give a dict")
+    return dict(value)
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of a few words."""
     if value not in choices:

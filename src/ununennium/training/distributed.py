@@ -114,7 +114,7 @@ class Group:
                         "pass the same to all"
                     )
 
-    def follow_leader(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors the values that they have in process 0."""
         if self.size == 1:
             return
@@ -154,7 +154,7 @@ class Group:
 
         if optimizer.state:
             raise ValueError('distributed="fsdp" needs an optimizer that has not stepped: make a new one, and load')
-        self.follow_leader([*model.parameters(), *model.buffers()])
+        self.broadcast([*model.parameters(), *model.buffers()])
         names = {id(p): name for name, p in model.named_parameters()}
         held = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         mesh = init_device_mesh(self.device.type, (self.size,))

@@ -1,6 +1,6 @@
 """The checkpoints of a run: saved, found again, and gone on from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,6 @@ class RunCheckpoints:
 
     def save(self, path: str | Path, run: checkpoint.Run, wait: bool, done: checkpoint.Done | None) -> Path:
         """Write a checkpoint, as `Trainer.save` has it."""
-        if run.state.open_batches:
-            raise ValueError(
-                f"{run.state.open_batches} batches have gone into gradients that no optimizer step has used yet, and "
-                "a checkpoint does not hold gradients: save where trainer.state.open_batches is 0"
-            )
         path = Path(path).expanduser()
         contents = self._contents(run)
         share = None
@@ -74,7 +69,7 @@ class RunCheckpoints:
         path: Path | None = self._group.of_leader(lambda: checkpoint.newest_of(folders))
         return path
 
-    def load(self, path: str | Path, run: checkpoint.Run, figures: RunFigures) -> RunFigures:
+    def load(self, path: str | Path, run: Callable[[], checkpoint.Run], figures: RunFigures) -> RunFigures:
         """Put a run back as a checkpoint has it; return the figures that go on from there.
 
         Raises
@@ -91,30 +86,32 @@ class RunCheckpoints:
                 f"the checkpoint was left inside an epoch, and its metrics can't go on here: {error}. Mend that, or go "
                 "on from a checkpoint at an epoch's end"
             ) from error
-        entry = checkpoint.restore(contents, run)
+        entry = checkpoint.restore(contents, run())
         self.entry = entry._replace(random=None if random is None else RandomState(*random))
         return continued
 
-    def load_weights(
-        self, path: str | Path, model: torch.nn.Module, callbacks: Iterable[Callback], averaged: bool | None
-    ) -> None:
-        """Take over weights, as `Trainer.load_weights` has it."""
-        contents = checkpoint.chosen(checkpoint.read(path), averaged)
-        checkpoint.load_weights(model, checkpoint.matched_weights(contents, model))
-        for callback in callbacks:
-            if isinstance(callback, WeightAverage):
-                callback.reset()
-
-    def check(self, callbacks: CallbackList, figures: RunFigures, config: Mapping[str, Any] | None) -> None:
-        """Raise for a memory that no checkpoint could hold."""
-        memories = {f"{type(c).__name__}.state_dict()": c.state_dict() for c in callbacks.with_memory}
-        if callbacks.savers:
-            memories["the state of the metrics"] = figures.state_dict()
-            memories["config"] = dict(config or {})
-        checkpoint.check_memories(memories)
-
     def _contents(self, run: checkpoint.Run) -> checkpoint.Contents:
-        return checkpoint.gather(run._replace(gather=self._gather, entry=self.entry))
+        return checkpoint.gather(run, self._gather, self.entry)
 
     def _gather(self, value: Any) -> list[Any]:
         return self._group.gather(to_device(value, torch.device("cpu")) if self._group.size > 1 else value)
+
+
+def load_weights(
+    path: str | Path, model: torch.nn.Module, callbacks: Iterable[Callback], averaged: bool | None
+) -> None:
+    """Take over weights, as `Trainer.load_weights` has it."""
+    contents = checkpoint.chosen(checkpoint.read(path), averaged)
+    checkpoint.load_weights(model, checkpoint.matched_weights(contents, model))
+    for callback in callbacks:
+        if isinstance(callback, WeightAverage):
+            callback.reset()
+
+
+def check_memories(callbacks: CallbackList, figures: RunFigures, config: Mapping[str, Any] | None) -> None:
+    """Raise for a memory that no checkpoint could hold."""
+    memories = {f"{type(c).__name__}.state_dict()": c.state_dict() for c in callbacks.with_memory}
+    if callbacks.savers:
+        memories["the state of the metrics"] = figures.state_dict()
+        memories["config"] = dict(config or {})
+    checkpoint.check_memories(memories)

@@ -46,12 +46,12 @@ class RunFigures:
         compiles: bool = False,
     ) -> None:
         self.known: bool = metrics is not None
-        self._given = metrics
+        self._given = metrics if metrics is None or isinstance(metrics, Mapping) else list(metrics)
         self._loss_fn = loss_fn
         self._device = device
         self._finite_only, self._compiles = finite_only, compiles
         self._num_classes: int | None = None  # of the default metrics; 0 if they do not fit
-        self._make(metrics or [])
+        self._make(self._given or [])
 
     def settle(self, result: BatchResult) -> None:
         """Find out from a first batch which metrics there are."""

@@ -197,7 +197,7 @@ class Stepper:
         for parameter in self._parameters:
             parameter.grad = None
         if self._group.sharded is not None:
-            self._group.follow_leader(self._group.sharded.buffers())  # as DDP does by itself
+            self._group.broadcast(self._group.sharded.buffers())  # as DDP does by itself
         if self._buffers:
             self._before = [buffer.clone() for buffer in self._buffers]
 
@@ -341,7 +341,7 @@ class Stepper:
 
     def _pass_over(self, bad: NonFiniteError) -> None:
         """Raise, or leave the step out and the model as it was before its window."""
-        if not self._skips or not self._weights_are_finite():
+        if not self._skips or not self.weights_are_finite():
             raise bad
         with torch.no_grad():
             for buffer, before in zip(self._buffers, self._before, strict=True):
@@ -351,13 +351,14 @@ class Stepper:
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._parameters if p.grad is not None]
 
-    def _weights_are_finite(self) -> bool:
+    def weights_are_finite(self) -> bool:
+        """Tell whether every weight that this process holds is finite, once the device has finished."""
         return all(bool(local(p.detach()).isfinite().all()) for p in self._parameters)
 
     def _complaint(self, what: str, value: Tensor, place: int) -> NonFiniteError:
         size = len(self._window)
         first = self._state.batch - size
-        if self._weights_are_finite():
+        if self.weights_are_finite():
             cause = (
                 "The weights are as they were before this step. Look at that batch for NaN or infinite inputs (nodata "
                 "that was not masked, a division by zero in an index); if the data are sound, lower the learning rate "

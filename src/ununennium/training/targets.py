@@ -12,10 +12,12 @@ from ununennium.losses.pixels import are_probabilities
 from ununennium.training.errors import BatchError
 from ununennium.training.windows import loss_setting
 
-# Losses that compare number by number, those of them that take probabilities, and those that take classes.
+# Losses that compare number by number; those whose targets are probabilities, and of them those whose outputs are, too;
+# those that take classes, and of them those whose outputs are logits.
 ELEMENTWISE: tuple[Any, ...] = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 ELEMENTWISE += (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
-BINARY = (nn.BCEWithLogitsLoss, nn.BCELoss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy)
+PROBABILITIES = (nn.BCELoss, F.binary_cross_entropy)
+BINARY = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits, *PROBABILITIES)
 CROSS_ENTROPY = (nn.CrossEntropyLoss, F.cross_entropy)
 OVER_CLASSES = (*CROSS_ENTROPY, nn.NLLLoss, F.nll_loss)
 

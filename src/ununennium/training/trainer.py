@@ -18,7 +18,7 @@ from ununennium.training.batches import split_batch
 from ununennium.training.callbacks.base import Callback, CallbackList
 from ununennium.training.callbacks.progress import ProgressCallback
 from ununennium.training.distributed import group_on, join
-from ununennium.training.errors import CheckpointError, NonFiniteError
+from ununennium.training.errors import CheckpointError, DamagedCheckpointError, NonFiniteError
 from ununennium.training.explain import explain
 from ununennium.training.levers import Levers, fuse
 from ununennium.training.loading import EpochLoader, LoadedBatch
@@ -26,7 +26,7 @@ from ununennium.training.modes import Modes, modes_restored
 from ununennium.training.nonfinite import check_finite, name_samples
 from ununennium.training.precision import Precision
 from ununennium.training.random_state import RandomState, mixed
-from ununennium.training.run_checkpoints import RunCheckpoints
+from ununennium.training.run_checkpoints import RunCheckpoints, check_memories, load_weights
 from ununennium.training.run_figures import RunFigures
 from ununennium.training.signals import Signals
 from ununennium.training.speed import Speed, Stopwatch
@@ -124,6 +124,8 @@ class Trainer:
     ------
     TypeError, ValueError
         For an argument of the wrong kind or out of range, naming it and what would be right.
+    RuntimeError
+        For ``distributed`` in a process that torchrun did not start.
     """
 
     def __init__(
@@ -157,7 +159,7 @@ class Trainer:
         checks.check_optimizer(optimizer, model, loss_fn)
         checks.check_loader("train_loader", train_loader)
         integer("gradient_accumulation_steps", gradient_accumulation_steps, minimum=1)
-        integer("seed", 0 if seed is None else seed, minimum=0)
+        checks.check_seed(seed)
         checks.check_clip_norm(gradient_clip_norm)
         checks.check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         checks.check_list("callbacks", callbacks)
@@ -189,7 +191,7 @@ class Trainer:
         self.on_nonfinite = on_nonfinite
         self.train_transform = train_transform
         self.val_transform = val_transform
-        self.config: dict[str, Any] | None = None if config is None else dict(config)
+        self.config: dict[str, Any] | None = None if config is None else checks.plain_mapping("config", config)
         self.precision: Precision = Precision(mixed_precision, self.device)
         self.state: TrainState = self._group.of_leader(
             lambda: TrainState(seed=secrets.randbits(32) if seed is None else int(seed))
@@ -217,13 +219,17 @@ class Trainer:
         )  # fmt: skip
         self._figures = RunFigures(metrics, loss_fn, self.device, finite_only=skips, compiles=compile is not False)
         self._unseen = {True, False}  # whether training, for which no batch has been looked at
-        self._checkpoints = RunCheckpoints(self._group)
-        self._signals = Signals()
-        self._votes = Votes(self._group, self._signals, self.state)
+        self._begin_anew()
         self._stopwatch = Stopwatch(self.device)
         self._transfer = Transfer(self.device)
         self.speed: Speed | None = None
         self._leavable = False  # whether a signal may end the validation that is under way
+
+    def _begin_anew(self) -> None:
+        """Forget what was loaded, asked for and agreed on."""
+        self._checkpoints = RunCheckpoints(self._group)
+        self._signals = Signals()
+        self._votes = Votes(self._group, self._signals, self.state)
 
     def fit(self, epochs: int, start_epoch: int = 0, *, resume: str | Path | None = None) -> dict[str, list[float]]:
         """Run epochs ``start_epoch`` … ``epochs - 1``, validating after each.
@@ -249,14 +255,25 @@ class Trainer:
 
         Raises
         ------
+        TypeError, ValueError
+            Before the first step: for epochs out of range, a monitor that is not in the logs, a callback's memory that
+            is no plain data.
         NonFiniteError
-            If the loss becomes NaN or infinite.
+            If loss or gradient becomes NaN or infinite.
+        FloatingPointError
+            If gradients overflow in fp16 at every scale.
         BatchError
             If a batch does not fit the model or the loss.
         CheckpointError
             If there is nothing valid to resume from, if that is of another run, or if a checkpoint can't be written.
+        DataOrderError
+            If the order of samples is another than the one that was left.
+        ProcessError
+            If other processes were lost, or were given other things or another order.
         Preempted
-            After SIGTERM or SIGUSR1; a `SystemExit` of code 143.
+            After SIGTERM or SIGUSR1, saved; a `SystemExit` of code 143.
+        KeyboardInterrupt
+            After Ctrl-C, saved.
         """
         if resume is not None:
             self._resume(resume)
@@ -267,7 +284,7 @@ class Trainer:
         self._check_monitors()
         checks.check_passes("train_loader", self.train_loader, epochs - first)
         checks.check_passes("val_loader", self.val_loader, epochs - first)
-        self._checkpoints.check(self.callbacks, self._figures, self.config)
+        check_memories(self.callbacks, self._figures, self.config)
         self._check_processes()
         modules = nn.ModuleList(self._modules())
         self._stepper.begin(modules.parameters(), modules.buffers())
@@ -356,9 +373,9 @@ class Trainer:
         logs = self._figures.train.compute(*self._over_processes)
         self.speed = Speed.together(self._group.gather(self._stopwatch.read()))
         if self.on_nonfinite == "raise":
-            check_finite(self._figures.train.loss, epoch)
-        self.follow_leader(b for module in self._modules() for b in module.buffers())
-        self.follow_leader(b for callback in self.callbacks.callbacks for b in callback.follows_leader)
+            check_finite(self._figures.train.loss, epoch, self._stepper.weights_are_finite)
+        self.broadcast(b for module in self._modules() for b in module.buffers())
+        self.broadcast(b for callback in self.callbacks.callbacks for b in callback.broadcast_tensors)
         if self.val_loader is not None:
             self._leavable = self.world_size == 1
             logs |= self.validate()
@@ -493,6 +510,11 @@ class Trainer:
         ValueError
             Between the batches of one optimizer step, whose gradients no checkpoint holds.
         """
+        if self.state.open_batches:
+            raise ValueError(
+                f"{self.state.open_batches} batches have gone into gradients that no optimizer step has used yet, and "
+                "a checkpoint does not hold gradients: save where trainer.state.open_batches is 0"
+            )
         return self._checkpoints.save(path, self._run(), wait, done)
 
     def prepare_save(self) -> None:
@@ -507,7 +529,7 @@ class Trainer:
         CheckpointError
             If it is damaged or of another run, naming the difference; model and optimizer are as they were then.
         """
-        self._figures = self._checkpoints.load(path, self._run(), self._figures)
+        self._figures = self._checkpoints.load(path, self._run, self._figures)
 
     def load_weights(self, path: str | Path, *, averaged: bool | None = None) -> None:
         """Take over the model's weights from a checkpoint and nothing else; averages of a callback begin anew with it.
@@ -524,16 +546,16 @@ class Trainer:
         CheckpointError
             If it is damaged or of another model, or holds no averaged weights and they are asked for.
         """
-        self._checkpoints.load_weights(path, self.model, self.callbacks.callbacks, averaged)
+        load_weights(path, self.model, self.callbacks.callbacks, averaged)
 
     def training_batches(self, epoch: int) -> Iterator[Any]:
         """Yield the training batches of an epoch, on the device, between two epochs and for what trains nothing."""
         for loaded in self._train_batches.epoch(self.state.seed, epoch):
             yield self._prepare(loaded.batch, True)
 
-    def follow_leader(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors the values that they have in process 0. Of several processes all have to call this."""
-        self._group.follow_leader(tensors)
+        self._group.broadcast(tensors)
 
     def stop(self) -> None:
         """Ask ``fit`` to end: after the running optimizer step, the epoch is closed with what it has, then no other.
@@ -659,7 +681,8 @@ class Trainer:
             try:
                 self.load(path)
             except CheckpointError as error:
-                error.add_note(f"The checkpoint is {path}.")
+                if not isinstance(error, DamagedCheckpointError):  # which names it
+                    error.add_note(f"The checkpoint is {path}.")
                 raise
 
     def _leave(self, error: BaseException) -> None:

@@ -22,15 +22,12 @@ from ununennium.training.batches import tensors_in
 from ununennium.training.callbacks.base import Callback, CallbackList
 from ununennium.training.checkpoint import whole_or_absent
 from ununennium.training.distributed import local
-from ununennium.training.errors import NonFiniteError, causes
+from ununennium.training.errors import causes
 from ununennium.training.loading import EpochLoader
 from ununennium.training.modes import modes_restored
 from ununennium.training.random_state import RandomState
-from ununennium.training.run_checkpoints import RunCheckpoints
 from ununennium.training.run_figures import RunFigures
-from ununennium.training.signals import Signals
 from ununennium.training.state import TrainState
-from ununennium.training.votes import Votes
 
 if TYPE_CHECKING:
     from ununennium.training.trainer import Trainer
@@ -158,7 +155,7 @@ def lr_range_test(
         _rehearse(trainer, ramp)
         try:
             trainer.fit(num_steps + 1)
-        except (NonFiniteError, FloatingPointError):
+        except FloatingPointError:
             ramp.diverged()
     return LRRange(ramp.rates, ramp.losses, ramp.smoothed)
 
@@ -357,10 +354,8 @@ def _rehearse(trainer: Trainer, *callbacks: Callback) -> None:
     """Set a Trainer up, within `as_before`, to begin anew with other callbacks, without validation and metrics."""
     trainer.callbacks = CallbackList(callbacks)
     trainer.val_loader = None
-    trainer._checkpoints = RunCheckpoints(trainer._group)
     trainer._figures = RunFigures([], trainer.loss_fn, trainer.device, finite_only=False)
-    trainer._signals = Signals()
-    trainer._votes = Votes(trainer._group, trainer._signals, trainer.state)
+    trainer._begin_anew()
     trainer.state.load_state_dict(vars(TrainState(seed=trainer.state.seed)))
 
 
@@ -381,7 +376,7 @@ def _fits(trainer: Trainer, batches: list[Any], limit_bytes: int | None) -> bool
             trainer.fit(1)
         peak = torch.cuda.max_memory_allocated(trainer.device) if on_cuda else kept.peak
         return limit_bytes is None or peak <= limit_bytes
-    except (NonFiniteError, FloatingPointError):
+    except FloatingPointError:
         return True  # a matter of the weights, of which the memory knows nothing
     except Exception as error:
         memory_is_short = any(map(_is_shortage, causes(error)))

@@ -65,9 +65,20 @@ def test_auto_asks_the_metric(scripted, monkeypatch):
     assert len(trainer.fit(3)["figure"]) == 2
 
 
-@pytest.mark.parametrize("arguments", [{"mode": "maximum"}, {"patience": -1}, {"min_delta": -0.1}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"mode": "maximum"},
+        {"patience": -1},
+        {"patience": "3"},
+        {"patience": 1.5},
+        {"min_delta": -0.1},
+        {"min_delta": math.nan},
+        {"min_delta": math.inf},
+    ],
+)
 def test_bad_arguments(arguments):
-    with pytest.raises(ValueError, match=next(iter(arguments))):
+    with pytest.raises((TypeError, ValueError), match=next(iter(arguments))):
         EarlyStoppingCallback(**arguments)
 
 

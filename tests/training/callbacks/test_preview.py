@@ -15,7 +15,7 @@ from ununennium import plots
 from ununennium.data import Chips, Scene
 from ununennium.models import RasterModel
 from ununennium.training import Callback, PreviewCallback, Trainer
-from ununennium.training.callbacks._picture import titles_of
+from ununennium.training.callbacks._picture import Shown, titles_of
 
 
 class Gallery(Callback):
@@ -219,8 +219,24 @@ def test_a_band_that_is_not_there_is_told_before_the_first_step(tmp_path):
     [{"every_n_epochs": 0}, {"samples": 0}, {"samples": []}, {"samples": True}, {"rgb": ["a", "b"]}, {"rgb": "red"}],
 )
 def test_options_that_make_no_sense(tmp_path, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
         PreviewCallback(tmp_path, **options)
+
+
+def test_what_is_no_colour_is_told_when_it_is_given(tmp_path):
+    with pytest.raises(ValueError, match="'red' is no colour"):
+        PreviewCallback(tmp_path, colors=["#00ff00", "red"])
+
+
+@pytest.mark.parametrize("loss_fn", [nn.BCELoss(), nn.functional.binary_cross_entropy])
+def test_outputs_that_are_probabilities_are_taken_for_what_they_are(loss_fn):
+    images, likely = torch.zeros(2, 3, 4, 4), torch.tensor([0.1, 0.9])
+    targets = torch.zeros(2, 1, 4, 4)
+    shown = Shown.of((images, targets), likely[:, None, None, None].expand(2, 1, 4, 4), targets, loss_fn)
+    assert [int(picture.max()) for picture in shown.predictions] == [0, 1]
+    labels = torch.tensor([[0.2, 0.8, 0.4], [0.9, 0.1, 0.6]])
+    shown = Shown.of((images, labels.round()), labels, labels.round(), loss_fn)
+    assert shown.predictions.tolist() == [[False, True, False], [True, False, True]]
 
 
 # Places

@@ -143,6 +143,9 @@ def test_parameters_that_no_optimizer_holds_are_named():
         ({"encoder": 1}, TypeError, "maps epochs, integers above 0"),
         ({1: "encoder", 2: "encoder"}, ValueError, "'encoder' is freed at epoch 1 and at 2"),
         ({}, ValueError, "names no part"),
+        (["encoder"], TypeError, 'as {5: "encoder"} does, got '),
+        ({1: 5}, TypeError, "names the parts that are freed at epoch 1, got 5"),
+        ({1: ["encoder", 2]}, TypeError, "names the parts that are freed at epoch 1"),
     ],
 )
 def test_bad_schedules(schedule, error, message):

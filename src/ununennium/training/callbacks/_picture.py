@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from ununennium.training.batches import describe, split_batch
-from ununennium.training.targets import BINARY, is_one_of
+from ununennium.training.targets import BINARY, PROBABILITIES, is_one_of
 from ununennium.training.windows import loss_setting
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class Shown:
         if said is None or truth is None or said.shape[:1] != truth.shape[:1]:
             return f"outputs are {describe(outputs)} and targets {describe(targets)}"
         said, truth = said.detach().float().cpu(), truth.detach().cpu()
+        if is_one_of(loss_fn, PROBABILITIES):
+            said = said.logit()
         binary = is_one_of(loss_fn, BINARY)
         ignored = loss_setting(loss_fn, "ignore_index")
         if said.ndim > 1 and said.shape[1] == 1:

@@ -61,7 +61,7 @@ class WeightAverage(Callback):
         return bool(self._raw)
 
     @property
-    def follows_leader(self) -> Sequence[Tensor]:
+    def broadcast_tensors(self) -> Sequence[Tensor]:
         """The averages of buffers, which each process has of its own."""
         return self._buffers
 

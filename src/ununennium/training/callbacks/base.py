@@ -49,7 +49,7 @@ class Callback:
     averages_weights: ClassVar[bool] = False
 
     @property
-    def follows_leader(self) -> Sequence[Tensor]:
+    def broadcast_tensors(self) -> Sequence[Tensor]:
         """What is given the values of process 0 after the batches of an epoch."""
         return ()
 

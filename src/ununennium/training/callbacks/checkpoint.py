@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from ununennium._arguments import integer
 from ununennium.training.callbacks.base import Callback
 from ununennium.training.callbacks.monitor import Mode, check_mode, check_monitor, is_better, monitored, resolve_mode
 from ununennium.training.checkpoint import Folder
@@ -75,8 +76,7 @@ class CheckpointCallback(Callback):
         check_mode(mode)
         numbers = {"every_n_steps": every_n_steps, "keep_last": keep_last, "keep_best": keep_best}
         for name, number in numbers.items():
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+            integer(name, 1 if number is None else number, minimum=1)
         if every_n_seconds is not None and not every_n_seconds > 0:
             raise ValueError(f"every_n_seconds must be above 0, got {every_n_seconds!r}")
         self.path: Path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
+from ununennium._arguments import integer
 from ununennium.training.callbacks.base import Callback
 from ununennium.training.callbacks.monitor import Mode, check_mode, check_monitor, is_better, monitored, resolve_mode
 
@@ -25,6 +27,11 @@ class EarlyStoppingCallback(Callback):
     min_delta : float, default 1e-4
         An improvement must exceed this.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If ``patience`` is no integer of at least 0, ``min_delta`` not finite or below 0, or ``mode`` another.
+
     Attributes
     ----------
     best : float or None
@@ -41,10 +48,10 @@ class EarlyStoppingCallback(Callback):
         self, monitor: str = "val_loss", patience: int = 10, mode: Mode = "auto", min_delta: float = 1e-4
     ) -> None:
         check_mode(mode)
-        if patience < 0 or min_delta < 0:
-            raise ValueError(f"patience and min_delta must be at least 0, got {patience} and {min_delta}")
+        if isinstance(min_delta, bool) or not 0 <= min_delta < math.inf:
+            raise ValueError(f"min_delta must be a finite number of at least 0, got {min_delta!r}")
         self.monitor = monitor
-        self.patience = patience
+        self.patience: int = integer("patience", patience, minimum=0)
         self.mode = mode
         self.min_delta = min_delta
         self.best: float | None = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ununennium._arguments import integer
 from ununennium.training.callbacks.averaging import WeightAverage
 
 if TYPE_CHECKING:
@@ -57,13 +58,9 @@ class EMACallback(WeightAverage):
     def __init__(self, decay: float = 0.999, warmup: int = 10, *, evaluate: bool = True) -> None:
         if isinstance(decay, bool) or not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay!r}")
-        if isinstance(warmup, bool) or not isinstance(warmup, int):
-            raise TypeError(f"warmup must be an integer of at least 0, got {warmup!r}")
-        if warmup < 0:
-            raise ValueError(f"warmup must be at least 0, got {warmup}")
         super().__init__()
         self.decay: float = float(decay)
-        self.warmup = warmup
+        self.warmup: int = integer("warmup", warmup, minimum=0)
         self.evaluate = evaluate
         self._optimizer_steps = 0
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ununennium._arguments import integer
 from ununennium.training.callbacks.base import Callback
 from ununennium.training.distributed import reader
 
@@ -78,9 +79,7 @@ class Logger(Callback):
     looks_on: ClassVar[bool] = True
 
     def __init__(self, every_n_steps: int = 10) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be an integer of at least 1, got {every_n_steps!r}")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps: int = integer("every_n_steps", every_n_steps, minimum=1)
         self.run_id: str | None = None
         self._run: str | None = None  # the Trainer's name for it
         self._opened = self._restored = False

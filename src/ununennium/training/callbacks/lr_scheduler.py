@@ -31,8 +31,11 @@ class LRSchedulerCallback(Callback):
 
     Raises
     ------
+    TypeError
+        For what is no scheduler of PyTorch.
     ValueError
-        For a plateau scheduler that should step on batches, or a monitor that nothing looks at.
+        For a plateau scheduler that should step on batches, a monitor that nothing looks at, or another ``step_on``;
+        when training starts, for a scheduler over another optimizer, or a plateau of the wrong direction.
     """
 
     def __init__(

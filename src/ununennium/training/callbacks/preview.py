@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from ununennium._arguments import integer
+from ununennium.palette import rgb as rgb_of
 from ununennium.training.batches import to_device
 from ununennium.training.callbacks._picture import Shown, channels_of, dataset_of, look_up, titles_of
 from ununennium.training.callbacks.base import Callback
@@ -66,8 +68,9 @@ class PreviewCallback(Callback):
 
     Raises
     ------
-    ValueError
-        For a number that is not above 0; when training starts, for bands in ``rgb`` that there are not.
+    TypeError, ValueError
+        For a number that is no integer above 0, and what is no colour; when training starts, for bands in ``rgb`` that
+        there are not.
     """
 
     def __init__(
@@ -81,16 +84,15 @@ class PreviewCallback(Callback):
         class_names: Sequence[str] | None = None,
         colors: Sequence[str] | None = None,
     ) -> None:
-        numbers = {"every_n_epochs": every_n_epochs} | (
-            {"samples": samples} if not isinstance(samples, Sequence) else {}
-        )
-        for name, number in numbers.items():
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+        integer("every_n_epochs", every_n_epochs, minimum=1)
+        if not isinstance(samples, Sequence):
+            integer("samples", samples, minimum=1)
         if rgb is not None and (isinstance(rgb, str) or len(rgb) not in (1, 3)):
             raise ValueError(f"rgb must name three bands, or one for a grey picture, got {rgb!r}")
         if isinstance(samples, Sequence) and not samples:
             raise ValueError("samples is empty: give a number, or indices of the validation dataset")
+        for color in colors or ():
+            rgb_of(color)
         self.path: Path = Path(path).expanduser().absolute()
         self.every_n_epochs = every_n_epochs
         self.samples = samples

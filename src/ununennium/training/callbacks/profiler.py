@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ununennium._arguments import integer
 from ununennium.training.callbacks.base import Callback
 from ununennium.training.checkpoint import whole_or_absent
 
@@ -56,10 +57,7 @@ class ProfilerCallback(Callback):
     ) -> None:
         minima = {"first_step": (first_step, 0), "last_step": (last_step, 0), "num_operators": (num_operators, 1)}
         for name, (value, minimum) in minima.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-            if value < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {value}")
+            integer(name, value, minimum)
         if last_step < first_step:
             raise ValueError(f"last_step must be at least first_step, got {last_step} and {first_step}")
         self.path: Path = Path(path).expanduser().absolute()  # wherever the process goes meanwhile

@@ -194,7 +194,7 @@ class ReportCallback(Callback):
             "settings": _flat({k: v for k, v in trainer.hyperparameters.items() if k != "config"}),
             "config": None if trainer.config is None else _pretty(trainer.config),
             "versions": _versions(trainer),
-            "resume": self._resume(trainer, status),
+            "resume": self._resume(trainer),
             "predict": _predict(trainer, preview),
         }
 
@@ -249,7 +249,7 @@ class ReportCallback(Callback):
             self._drawn = epoch, plots.png(plots.draw_confusion(counts, names))
         return self._picture("confusion.png", self._drawn[1])
 
-    def _resume(self, trainer: Trainer, status: str) -> dict[str, str]:
+    def _resume(self, trainer: Trainer) -> dict[str, str]:
         if self.resume_command is not None:
             about = "The same command, in the same folder, goes on from the last checkpoint."
             return {"text": about, "code": self.resume_command}

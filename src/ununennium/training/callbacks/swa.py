@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, get_swa_multi_avg_fn, update_bn
 
+from ununennium._arguments import integer
 from ununennium.training.callbacks.averaging import WeightAverage
 from ununennium.training.distributed import local
 from ununennium.training.random_state import RandomState
@@ -72,10 +73,7 @@ class SWACallback(WeightAverage):
         if not rates or any(isinstance(rate, bool) or not rate > 0 for rate in rates):
             raise ValueError(f"swa_lr must be above 0, got {swa_lr!r}")
         for name, value in {"start_epoch": start_epoch, "anneal_epochs": anneal_epochs}.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer of at least 0, got {value!r}")
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+            integer(name, value, minimum=0)
         if anneal_strategy not in ("cos", "linear"):
             raise ValueError(f'anneal_strategy must be "cos" or "linear", got {anneal_strategy!r}')
         super().__init__()
@@ -221,7 +219,7 @@ class SWACallback(WeightAverage):
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
-        trainer.follow_leader(self._buffers)
+        trainer.broadcast(self._buffers)
 
 
 class _Forward(nn.Module):

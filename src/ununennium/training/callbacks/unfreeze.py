@@ -31,7 +31,7 @@ class GradualUnfreeze(Callback):
     Raises
     ------
     TypeError, ValueError
-        If an epoch is no integer above 0, or a part is named twice.
+        If ``schedule`` is no mapping, an epoch no integer above 0, a part no name, or named twice.
 
     Notes
     -----
@@ -41,13 +41,18 @@ class GradualUnfreeze(Callback):
     """
 
     def __init__(self, schedule: Mapping[int, str | Sequence[str]]) -> None:
+        if not isinstance(schedule, Mapping):
+            raise TypeError(f'schedule maps epochs to parts of the model, as {{5: "encoder"}} does, got {schedule!r}')
         self.epochs: dict[str, int] = {}  # at which each part is freed
         for epoch, parts in schedule.items():
             if isinstance(epoch, bool) or not isinstance(epoch, int):
                 raise TypeError(f"schedule maps epochs, integers above 0, to parts of the model, got {epoch!r}")
             if epoch < 1:
                 raise ValueError(f"a part is freed at an epoch above 0, got {epoch}: what is free at once is left out")
-            for part in (parts,) if isinstance(parts, str) else parts:
+            named = [parts] if isinstance(parts, str) else parts
+            if not isinstance(named, Sequence) or not all(isinstance(part, str) for part in named):
+                raise TypeError(f"schedule names the parts that are freed at epoch {epoch}, got {parts!r}")
+            for part in named:
                 if part in self.epochs:
                     raise ValueError(f"{part!r} is freed at epoch {self.epochs[part]} and at {epoch}: name it once")
                 self.epochs[part] = epoch

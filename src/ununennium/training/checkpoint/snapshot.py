@@ -47,10 +47,6 @@ class Run(NamedTuple):
         What a run that goes on must have in common with the one that was left.
     figures, loader : dict or None
         Sums and position inside an epoch; None between epochs, and for loaders that are entered by counting.
-    gather : callable
-        ``gather(value)`` returns what every process has, by rank, to all of them.
-    entry : Entry or None
-        Where the run goes on, if it was restored and has not gone on yet.
     about : dict
         What the manifest says beside it, plain data: what the model can be made of anew, the run's configuration.
     """
@@ -64,13 +60,21 @@ class Run(NamedTuple):
     settings: dict[str, Any]
     figures: dict[str, Any] | None = None
     loader: dict[str, Any] | None = None
-    gather: Callable[[Any], list[Any]] = _alone
-    entry: Entry | None = None
     about: Mapping[str, Any] = MappingProxyType({})
 
 
-def gather(run: Run) -> Contents:
-    """Collect everything that the next step depends on. Tensors are the live ones, not copies."""
+def gather(run: Run, over: Callable[[Any], list[Any]] = _alone, entry: Entry | None = None) -> Contents:
+    """Collect everything that the next step depends on. Tensors are the live ones, not copies.
+
+    Parameters
+    ----------
+    run : Run
+        Its parts.
+    over : callable
+        ``over(value)`` returns what every process has, by rank, to all of them.
+    entry : Entry, optional
+        Where the run goes on, if it was restored and has not gone on yet.
+    """
     weights, extra = model_state(run.model)
     memories = [(c, _class_name(c), dict(c.state_dict())) for c in run.callbacks]
     averaged: dict[str, Tensor] = {}
@@ -82,13 +86,13 @@ def gather(run: Run) -> Contents:
             if averaged:
                 about = {"averaged": {"callback": name.rpartition(".")[2], "default": memory["default"]}}
     loss_fn, state = run.loss_fn, run.state
-    random = (run.entry.random if run.entry is not None else None) or RandomState.capture()
-    own, *others = run.gather({"random": random.as_list(), "figures": run.figures})
+    random = (entry.random if entry is not None else None) or RandomState.capture()
+    own, *others = over({"random": random.as_list(), "figures": run.figures})
     training = {
         "state": state.state_dict(),
         "settings": run.settings,
         "figures": own["figures"],
-        "loader": run.entry.loader if run.entry is not None else run.loader,
+        "loader": entry.loader if entry is not None else run.loader,
         "optimizer": _optimizer_state(run.optimizer, _names(run.model, loss_fn)),
         "precision": run.precision.state_dict(),
         "callbacks": [[name, memory] for c, name, memory in memories if not _looks_on(c)],
