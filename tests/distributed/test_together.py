@@ -512,7 +512,7 @@ def counted(rank, world, accumulation):
 def test_a_window_costs_one_reduction_of_the_gradient_and_one_vote(tmp_path, accumulation):
     after, other = run(2, counted, tmp_path, accumulation, limit=60)
     assert after == other
-    first = 1  # call more, once for the run, in which the unit of counts is agreed on
+    first = 2  # calls more, once for the run: the order is compared, the unit of counts agreed on
     assert after == [(n // accumulation, n // accumulation + first) for n in range(1, 9)]
 
 
