@@ -1,7 +1,9 @@
 """Statistics of bands against NumPy on whole arrays."""
 
+import errno
 import json
 import math
+import os
 import pickle
 
 import numpy as np
@@ -191,3 +193,20 @@ def test_errors(raster):
         BandStatistics(["a"], "uint8").merge(BandStatistics(["b"], "uint8"))
     with pytest.raises(ValueError, match="q must be a percentage, from 0 to 100, got 101"):
         BandStatistics(["a"], "uint8").percentile(101)
+
+
+def test_what_is_kept_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    found = BandStatistics(["a"], "uint8")
+    found.update(np.array([[1, 2, 3]], np.uint8))
+    file = tmp_path / "new folder" / "statistics.json"
+    found.save(file)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    found.update(np.array([[4]], np.uint8))
+    with pytest.raises(OSError, match="No space left"):
+        found.save(file)
+    assert BandStatistics.load(file).count == 3
+    assert [each.name for each in file.parent.iterdir()] == ["statistics.json"]

@@ -88,8 +88,10 @@ def create_model(
 
     Raises
     ------
+    ununennium.training.CheckpointError
+        If there is no checkpoint at the path, or it is damaged, sharded over files, or was written by a newer version.
     FileNotFoundError
-        If there is no checkpoint at the path.
+        If there is no such safetensors file.
     ImportError
         If weights are TorchGeo's, and TorchGeo is not installed.
     TypeError
