@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import ununennium
 from ununennium import export
@@ -44,6 +46,12 @@ def packages(requirements):
 def installed():
     """Return the installed packages by the modules that are in them."""
     return importlib.metadata.packages_distributions()
+
+
+@functools.cache
+def distributions():
+    """Return the installed packages."""
+    return {canonicalize_name(each.name) for each in importlib.metadata.distributions()}
 
 
 def providers(module):
@@ -146,6 +154,27 @@ def test_what_is_imported_is_declared():
         m: where for m, where in others.items() if not providers(m) & declared and m not in {"ununennium", *optional}
     }
     assert missing == {}
+
+
+def brought(lines):
+    """Return the packages that requirements bring with them, one by another, as far as they are installed."""
+    found, waiting = set(), [Requirement(line) for line in lines]
+    while waiting:
+        requirement = waiting.pop()
+        for extra in ("", *requirement.extras):
+            asked = canonicalize_name(requirement.name), extra
+            if asked not in found and asked[0] in distributions():
+                found.add(asked)
+                needs = map(Requirement, importlib.metadata.requires(requirement.name) or ())
+                waiting += [need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})]
+    return {name for name, _ in found}
+
+
+@pytest.mark.parametrize("module", ["docstring_parser", "typeshed_client"])
+def test_what_the_help_is_read_with_comes_along(module):
+    """By jsonargparse, of docstrings and stubs: without them the options of ``fit --help`` have no text."""
+    assert providers(module)
+    assert providers(module) <= brought(PROJECT["dependencies"])
 
 
 def test_every_extra_that_is_named_is_there():
