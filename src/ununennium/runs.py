@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ununennium.data import BandStatistics, Chips, Scene, Split, band_statistics, block_split
+from ununennium.data.chips import draw_below
 from ununennium.models import RasterModel, create_model
 from ununennium.training import (
     Callback,
@@ -238,7 +239,7 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: t
 
 def flip(sample: dict[str, Any]) -> dict[str, Any]:
     """Return a chip flipped and turned at random, one of the eight ways; its place on the ground is left out."""
-    way = int(torch.randint(8, ()))
+    way = draw_below(8)
     turned: dict[str, Any] = {}
     for name in ("image", "mask"):
         if name in sample:

@@ -292,12 +292,12 @@ class Chips(Dataset[Sample]):
 
     def _draw_window(self) -> tuple[int, Window]:
         if self.focus and float(torch.rand(())) < self.focus:
-            pixels = self._pixels[self._focused[_below(len(self._focused))]]
-            number, row, col = pixels[_below(len(pixels))].tolist()
+            pixels = self._pixels[self._focused[draw_below(len(self._focused))]]
+            number, row, col = pixels[draw_below(len(pixels))].tolist()
             around = self._places[number].around(row, col)
-            row, col = around.at(_below(around.count))
+            row, col = around.at(draw_below(around.count))
             return number, Window(row, col, *self.size)
-        place = _below(int(self._cumulated[-1]))
+        place = draw_below(int(self._cumulated[-1]))
         number = int(np.searchsorted(self._cumulated, place, side="right"))
         place -= int(self._cumulated[number - 1]) if number else 0
         row, col = self._places[number].at(place)
@@ -355,7 +355,7 @@ def _overlaps(grid: NDArray[np.int32] | None, size: tuple[int, int]) -> dict[int
     return found
 
 
-def _below(count: int) -> int:
+def draw_below(count: int) -> int:
     """Draw a whole number from 0 to count - 1 from PyTorch's global generator."""
     return int(torch.randint(count, ()))
 
