@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ununennium._arguments import integer
 from ununennium._band_names import same_band
 from ununennium.data._files import Grid, open_raster, version_of
 
@@ -149,6 +150,8 @@ class Scene:
 
         Raises
         ------
+        TypeError
+            If one is neither a name nor an integer.
         ValueError
             If there is no such band; the message lists those there are.
         """
@@ -158,7 +161,7 @@ class Scene:
             raise ValueError(f"bands must be a sequence of names, got {bands!r}: write [{bands!r}]")
         indices = []
         for band in bands:
-            known = self._index.get(same_band(band)) if isinstance(band, str) else int(band)
+            known = self._index.get(same_band(band)) if isinstance(band, str) else integer("a band's place", band)
             if known is None or not 0 <= known < len(self.bands):
                 raise ValueError(f"{self} has no band {band!r}; its bands are {', '.join(self.bands)}")
             indices.append(known)
