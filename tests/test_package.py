@@ -21,7 +21,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import ununennium
-from ununennium import export
+from ununennium import export, metrics
+from ununennium.metrics.classification import ConfusionMetric
 from ununennium.training import MLflowLogger, TensorBoardLogger, WandbLogger
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +134,37 @@ def test_a_public_name_says_what_it_is_and_takes(name):
     thing = getattr(importlib.import_module(module), own)
     assert re.match(r".+[.:]\n*(?:\n\n|$)", thing.__doc__ or "", re.S), "its docstring begins with no sentence"
     assert undescribed(thing) == set()
+
+
+def made_in(*rooms):
+    """Return the public classes of some rooms that have a constructor of their own, each with its code."""
+    known = {name.rpartition(".")[2] for name in shown()}
+    for path in SOURCES:
+        module = ".".join(["ununennium", *path.relative_to(ROOT / "src" / "ununennium").with_suffix("").parts])
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if module.split(".")[1] in rooms else ():
+            made = [n for n in getattr(node, "body", ()) if getattr(n, "name", "") == "__init__"]
+            private = node.name.startswith("_") or path.name.startswith("_") if made else False
+            if made and (not private or node.name in known):
+                yield pytest.param(getattr(importlib.import_module(module), node.name), made[0], id=node.name)
+
+
+@pytest.mark.parametrize(("thing", "made"), list(made_in("data", "losses", "metrics", "models", "runs")))
+def test_a_class_says_what_making_it_raises_and_what_it_has(thing, made):
+    raised = {ast.unparse(n.exc).partition("(")[0] for n in ast.walk(made) if isinstance(n, ast.Raise)}
+    calls = {ast.unparse(n.func) for n in ast.walk(made) if isinstance(n, ast.Call)}
+    raised |= {"TypeError"} if calls & {"integer", "ConfusionMatrix"} else set()
+    assert raised - {"self._nothing_left"} <= described(sections(inspect.getdoc(thing)).get("Raises", ""))
+    attributes = (n for n in ast.walk(made) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+    kept = {n.attr for n in attributes if ast.unparse(n.value) == "self" and not n.attr.startswith("_")}
+    texts = [sections(inspect.cleandoc(each.__doc__ or "")) for each in thing.__mro__]
+    assert kept <= {name for text in texts for p in ("Parameters", "Attributes") for name in described(text.get(p, ""))}
+
+
+@pytest.mark.parametrize("name", metrics.__all__)
+def test_a_figure_of_classes_says_where_its_formula_comes_from(name):
+    figure = getattr(metrics, name)
+    if isinstance(figure, type) and issubclass(figure, ConfusionMetric):
+        assert re.search(r"\(1\d\d\d\), \w", sections(inspect.getdoc(figure)).get("References", ""))
 
 
 # ---- extras ---------------------------------------------------------------------------------------------------------

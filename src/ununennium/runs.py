@@ -147,10 +147,28 @@ class ChipSettings:
 
 
 class SceneData:
-    """The chips that `ChipSettings` ask for, and their loaders."""
+    """The chips that `ChipSettings` ask for, and their loaders.
+
+    Parameters
+    ----------
+    settings : ChipSettings
+
+    Attributes
+    ----------
+    settings : ChipSettings
+        As they were given.
+    split : Split or None
+        Where training and validation lie in the scenes; None if validation has scenes of its own.
+    train, val : Chips
+
+    Raises
+    ------
+    ValueError
+        If a setting is missing or does not fit the others or the files; the message names its key.
+    """
 
     def __init__(self, settings: ChipSettings) -> None:
-        self.settings = settings
+        self.settings: ChipSettings = settings
         if not settings.classes:
             raise ValueError("data.classes is missing: name the classes, as {1: forest, 2: water} or as a list")
         for name, given in (("scenes", settings.scenes), ("val_scenes", settings.val_scenes or [])):
