@@ -17,9 +17,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import ununennium
-from ununennium import export
+from ununennium import export, metrics
+from ununennium.metrics.classification import ConfusionMetric
 from ununennium.training import MLflowLogger, TensorBoardLogger, WandbLogger
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +47,12 @@ def packages(requirements):
 def installed():
     """Return the installed packages by the modules that are in them."""
     return importlib.metadata.packages_distributions()
+
+
+@functools.cache
+def distributions():
+    """Return the installed packages."""
+    return {canonicalize_name(each.name) for each in importlib.metadata.distributions()}
 
 
 def providers(module):
@@ -127,6 +136,37 @@ def test_a_public_name_says_what_it_is_and_takes(name):
     assert undescribed(thing) == set()
 
 
+def made_in(*rooms):
+    """Return the public classes of some rooms that have a constructor of their own, each with its code."""
+    known = {name.rpartition(".")[2] for name in shown()}
+    for path in SOURCES:
+        module = ".".join(["ununennium", *path.relative_to(ROOT / "src" / "ununennium").with_suffix("").parts])
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if module.split(".")[1] in rooms else ():
+            made = [n for n in getattr(node, "body", ()) if getattr(n, "name", "") == "__init__"]
+            private = node.name.startswith("_") or path.name.startswith("_") if made else False
+            if made and (not private or node.name in known):
+                yield pytest.param(getattr(importlib.import_module(module), node.name), made[0], id=node.name)
+
+
+@pytest.mark.parametrize(("thing", "made"), list(made_in("data", "losses", "metrics", "models", "runs")))
+def test_a_class_says_what_making_it_raises_and_what_it_has(thing, made):
+    raised = {ast.unparse(n.exc).partition("(")[0] for n in ast.walk(made) if isinstance(n, ast.Raise)}
+    calls = {ast.unparse(n.func) for n in ast.walk(made) if isinstance(n, ast.Call)}
+    raised |= {"TypeError"} if calls & {"integer", "ConfusionMatrix"} else set()
+    assert raised - {"self._nothing_left"} <= described(sections(inspect.getdoc(thing)).get("Raises", ""))
+    attributes = (n for n in ast.walk(made) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+    kept = {n.attr for n in attributes if ast.unparse(n.value) == "self" and not n.attr.startswith("_")}
+    texts = [sections(inspect.cleandoc(each.__doc__ or "")) for each in thing.__mro__]
+    assert kept <= {name for text in texts for p in ("Parameters", "Attributes") for name in described(text.get(p, ""))}
+
+
+@pytest.mark.parametrize("name", metrics.__all__)
+def test_a_figure_of_classes_says_where_its_formula_comes_from(name):
+    figure = getattr(metrics, name)
+    if isinstance(figure, type) and issubclass(figure, ConfusionMetric):
+        assert re.search(r"\(1\d\d\d\), \w", sections(inspect.getdoc(figure)).get("References", ""))
+
+
 # ---- extras ---------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +186,27 @@ def test_what_is_imported_is_declared():
         m: where for m, where in others.items() if not providers(m) & declared and m not in {"ununennium", *optional}
     }
     assert missing == {}
+
+
+def brought(lines):
+    """Return the packages that requirements bring with them, one by another, as far as they are installed."""
+    found, waiting = set(), [Requirement(line) for line in lines]
+    while waiting:
+        requirement = waiting.pop()
+        for extra in ("", *requirement.extras):
+            asked = canonicalize_name(requirement.name), extra
+            if asked not in found and asked[0] in distributions():
+                found.add(asked)
+                needs = map(Requirement, importlib.metadata.requires(requirement.name) or ())
+                waiting += [need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})]
+    return {name for name, _ in found}
+
+
+@pytest.mark.parametrize("module", ["docstring_parser", "typeshed_client"])
+def test_what_the_help_is_read_with_comes_along(module):
+    """By jsonargparse, of docstrings and stubs: without them the options of ``fit --help`` have no text."""
+    assert providers(module)
+    assert providers(module) <= brought(PROJECT["dependencies"])
 
 
 def test_every_extra_that_is_named_is_there():

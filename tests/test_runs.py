@@ -141,8 +141,10 @@ def test_validation_tells_of_each_class(scene, capsys):
     kept = read(scene / "run" / "checkpoints" / "best").info["figures"]
     assert kept["val_kappa"] == pytest.approx(figures["val_kappa"], rel=1e-5)
 
+    data = yaml.safe_load(config.read_text())["data"]
     made = SceneData(ChipSettings(**{
-        **yaml.safe_load(config.read_text())["data"], "split": SplitSettings({"train": 0.6, "val": 0.4}, CHIP),
+        **data, "classes": {int(value): name for value, name in data["classes"].items()},
+        "split": SplitSettings({"train": 0.6, "val": 0.4}, CHIP),
         "scenes": [SceneFiles(str(scene / "image.tif"), str(scene / "label.tif"))],
     }))  # fmt: skip
     model = load_model(scene / "run" / "checkpoints" / "best")

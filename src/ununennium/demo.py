@@ -25,7 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ununennium import plots, prediction
 from ununennium.data import Scene, Window
-from ununennium.metrics import IoU
+from ununennium.data.chips import draw_below
+from ununennium.metrics import AverageAccuracy, CohenKappa, IoU, MetricCollection, OverallAccuracy
+from ununennium.metrics.classification import class_figures
 from ununennium.models import RasterModel, create_model
 from ununennium.training import CheckpointCallback, LRSchedulerCallback, Trainer
 
@@ -511,15 +513,15 @@ class Chips(Dataset[dict[str, Tensor]]):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        pixels = self.places[_draw(len(self.places))]
-        pixel = pixels[_draw(len(pixels))]
+        pixels = self.places[draw_below(len(self.places))]
+        pixel = pixels[draw_below(len(pixels))]
         row, col = (
-            min(max(int(place) - _draw(CHIP), 0), length - CHIP)
+            min(max(int(place) - draw_below(CHIP), 0), length - CHIP)
             for place, length in zip(pixel, self.labels.shape, strict=True)
         )
         image = self.scene.cut(self.seen, row, col, CHIP)
         mask = torch.from_numpy(cut(self.labels, row, col, CHIP, IGNORE).astype(np.int64))
-        turns, mirrored = _draw(4), _draw(2)
+        turns, mirrored = draw_below(4), draw_below(2)
         image, mask = image.rot90(turns, (-2, -1)), mask.rot90(turns, (-2, -1))
         if mirrored:
             image, mask = image.flip(-1), mask.flip(-1)
@@ -550,10 +552,6 @@ class Tiles(Dataset[dict[str, Tensor]]):
         return cut(self.labels, row, col, self.core, IGNORE)
 
 
-def _draw(below: int) -> int:
-    return int(torch.randint(below, ()))
-
-
 # ---- the map and its figures -------------------------------------------------------------------------------------
 
 
@@ -570,19 +568,20 @@ def assess(
     per_class : ndarray
         IoU and recall of each class (K, 2); NaN where there is none.
     """
-    iou = IoU(len(scene.names), ignore_index=IGNORE, average="none")
-    iou.update(torch.from_numpy(predicted[held_out]).long(), torch.from_numpy(scene.labels[held_out]).long())
-    ious, matrix = iou.compute().numpy(), iou.confusion.compute().double().numpy()
-    true, mapped, total = matrix.sum(1), matrix.sum(0), matrix.sum()
-    recalls = np.divide(matrix.diagonal(), true, out=np.full(len(true), np.nan), where=true > 0)
-    accuracy, chance = matrix.trace() / total, (true * mapped).sum() / total**2
-    figures = {
-        "overall_accuracy": float(accuracy),
-        "kappa": float((accuracy - chance) / (1 - chance)) if chance < 1 else float("nan"),
-        "mean_recall": float(np.nanmean(recalls)),
-        "mean_iou": float(np.nanmean(ious)),
-    }
-    return figures, np.stack([ious, recalls], axis=1)
+    num_classes = len(scene.names)
+    metrics = MetricCollection(
+        {
+            "overall_accuracy": OverallAccuracy(num_classes, ignore_index=IGNORE),
+            "kappa": CohenKappa(num_classes, ignore_index=IGNORE),
+            "mean_recall": AverageAccuracy(num_classes, ignore_index=IGNORE),
+            "mean_iou": IoU(num_classes, ignore_index=IGNORE),
+        }
+    )
+    metrics.update(torch.from_numpy(predicted[held_out]).long(), torch.from_numpy(scene.labels[held_out]).long())
+    assert metrics.confusion is not None
+    each = class_figures(metrics.confusion)
+    recalls = each["recall"].where(each["support"] > 0, math.nan)  # a class that is only predicted has none
+    return metrics.compute(), torch.stack([each["iou"], recalls], dim=1).numpy()
 
 
 # ---- what is printed ---------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 
-WHITE, GREY, RIGHT, WRONG = "#ffffff", "#e0e0e0", "#a9c9e3", "#cc3300"
+GREY, RIGHT, WRONG = "#e0e0e0", "#a9c9e3", "#cc3300"
 TRAINING, VALIDATION = "#0072b2", "#d55e00"
 DPI = 120
 MOST_IN_LEGEND = 24  # classes; of more, those that are seen

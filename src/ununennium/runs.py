@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ununennium.data import BandStatistics, Chips, Scene, Split, band_statistics, block_split
+from ununennium.data.chips import draw_below
 from ununennium.models import RasterModel, create_model
 from ununennium.training import (
     Callback,
@@ -146,10 +147,28 @@ class ChipSettings:
 
 
 class SceneData:
-    """The chips that `ChipSettings` ask for, and their loaders."""
+    """The chips that `ChipSettings` ask for, and their loaders.
+
+    Parameters
+    ----------
+    settings : ChipSettings
+
+    Attributes
+    ----------
+    settings : ChipSettings
+        As they were given.
+    split : Split or None
+        Where training and validation lie in the scenes; None if validation has scenes of its own.
+    train, val : Chips
+
+    Raises
+    ------
+    ValueError
+        If a setting is missing or does not fit the others or the files; the message names its key.
+    """
 
     def __init__(self, settings: ChipSettings) -> None:
-        self.settings = settings
+        self.settings: ChipSettings = settings
         if not settings.classes:
             raise ValueError("data.classes is missing: name the classes, as {1: forest, 2: water} or as a list")
         for name, given in (("scenes", settings.scenes), ("val_scenes", settings.val_scenes or [])):
@@ -238,7 +257,7 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: t
 
 def flip(sample: dict[str, Any]) -> dict[str, Any]:
     """Return a chip flipped and turned at random, one of the eight ways; its place on the ground is left out."""
-    way = int(torch.randint(8, ()))
+    way = draw_below(8)
     turned: dict[str, Any] = {}
     for name in ("image", "mask"):
         if name in sample:

@@ -358,7 +358,8 @@ def test_errors(scene, raster, rare):
     for options, text in (
         ({"stride": 8, "length": 5}, "give stride, .*, or length, .*, not both"),
         ({"length": 0}, "length must be at least 1, got 0"),
-        ({"stride": 0}, "stride must be a positive number of pixels, or a pair of them, got 0"),
+        ({"stride": 0}, "stride must be at least 1, got 0"),
+        ({"stride": (4, 4, 4)}, r"stride must be a number of pixels, or a pair of them, got \(4, 4, 4\)"),
         ({"fill": -1}, r"fill=-1 is no value of the rasters' type, uint16"),
         ({"fill": 0.5}, "fill=0.5 is no value"),
         ({"min_valid": 1.5}, "min_valid must be a share, from 0 to 1, got 1.5"),
@@ -375,7 +376,7 @@ def test_errors(scene, raster, rare):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             Chips(scene, 16, **options)
-    with pytest.raises(ValueError, match="size must be a positive number of pixels, or a pair of them, got 0"):
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         Chips(scene, 0)
     with pytest.raises(ValueError, match=r"there is no scene: pass one or several, as Scene\(image, label\)"):
         Chips([], 16)
@@ -429,3 +430,37 @@ def test_a_pixel_that_is_to_count_once_has_one_target(raster, draws, stride):
         assert np.array_equal(times, held)
     with pytest.raises(ValueError, match=r"once is for chips on a grid, .*: leave once or length out"):
         Chips(scene, 7, length=3, once=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"size": 16.0}, "size must be an integer of at least 1, got 16.0"),
+        ({"size": (16, True)}, "size must be an integer of at least 1, got True"),
+        ({"size": "16"}, "size must be an integer of at least 1, got '1'"),
+        ({"stride": 2.7}, "stride must be an integer of at least 1, got 2.7"),
+        ({"length": 2.7}, "length must be an integer of at least 1, got 2.7"),
+        ({"length": True}, "length must be an integer of at least 1, got True"),
+        ({"ignore_index": 254.9}, "ignore_index must be an integer, got 254.9"),
+        ({"ignore_values": [1.9]}, "a label value in ignore_values must be an integer, got 1.9"),
+        ({"classes": {1.9: "water"}}, "a label value in classes must be an integer, got 1.9"),
+        ({"classes": {True: "water"}}, "a label value in classes must be an integer, got True"),
+        ({"focus": 0.5, "length": 3, "focus_classes": [2.7]}, "a label value in focus_classes must be an integer"),
+        ({"bands": [1.9]}, "a band's place must be an integer, got 1.9"),
+        ({"bands": [True]}, "a band's place must be an integer, got True"),
+    ],
+)
+def test_what_counts_is_an_integer(options, text, scene):
+    with pytest.raises(TypeError, match=text):
+        Chips(scene, **{"size": 16, **options})
+
+
+def test_numpy_integers_are_integers(scene):
+    names = {np.uint8(value): f"class {value}" for value in range(4)}
+    options = {"bands": [np.int32(1)], "classes": names, "ignore_index": np.uint8(255), "ignore_values": np.array([4])}
+    chips = Chips(scene, (np.int64(8), 16), stride=np.uint8(8), **options)
+    assert chips.size == (8, 16)
+    assert chips.bands == scene.bands[1:2]
+    assert chips.class_values == (0, 1, 2, 3)
+    assert chips.ignore_index == 255
+    assert len(Chips(scene, np.array([8, 8]), length=np.int16(5), **options)) == 5

@@ -1,5 +1,6 @@
 """Scenes: what is read where, from one file and from several, and what is refused."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -9,9 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import timm
+import torch
+from safetensors.torch import save_file
 
 from ununennium.data import Scene, Window, _files
 from ununennium.data._files import open_raster, version_of
+from ununennium.models import create_model
 
 EVERYWHERE = [Window(0, 0, 30, 40), Window(3, 5, 7, 9), Window(-4, -6, 12, 13), Window(25, 35, 20, 20),
               Window(-5, -5, 60, 70), Window(100, 3, 4, 4), Window(-9, 0, 9, 5)]  # fmt: skip
@@ -258,11 +263,31 @@ def test_bands_are_found_whatever_their_case_and_zeros(raster):
     scene = Scene(raster("a.tif", np.ones((3, 4, 4), np.uint8), bands=("B02", "B8A", "B10")))
     assert scene.band_indices() == (0, 1, 2)
     assert scene.band_indices(["b8a", "B2", "b10", 2, "B002"]) == (1, 0, 2, 2, 0)
-    for wrong in ("B08A", "B1", "8A", 3, -1):
+    for wrong in ("B80A", "B1", "8A", 3, -1):
         with pytest.raises(ValueError, match=r"3 bands.* has no band .*; its bands are B02, B8A, B10"):
             scene.band_indices([wrong])
     with pytest.raises(ValueError, match=r"a sequence of names, got 'B02': write \['B02'\]"):
         scene.band_indices("B02")
+
+
+@pytest.mark.parametrize(("named", "asked"), [("B8A", "B08A"), ("B02_20m", "b2_20M"), ("10m B02", "10m B2")])
+def test_a_band_that_a_scene_finds_is_one_that_weights_know(named, asked, raster, tmp_path):
+    scene = Scene(raster("a.tif", np.ones((2, 4, 4), np.uint8), bands=("B1", named)))
+    assert scene.band_indices([asked]) == (1,)
+    with pytest.raises(ValueError, match="more than one band is called"):
+        Scene(raster("b.tif", np.ones((2, 4, 4), np.uint8)), bands=[named, asked])
+    encoder = timm.create_model("test_resnet", in_chans=2)
+    save_file(encoder.state_dict(), tmp_path / "a.safetensors", {"model": json.dumps({"bands": scene.bands})})
+    model = create_model("test_resnet", 1, 1000, tmp_path / "a.safetensors", [asked])
+    first = next(name for name, values in encoder.named_parameters() if values.ndim == 4)
+    assert torch.equal(model.state_dict()[first][:, 0], encoder.state_dict()[first][:, 1])
+    with pytest.raises(ValueError, match="are both"):
+        create_model("test_resnet", 2, 3, bands=[named, asked])
+
+
+def test_wavelengths_keep_the_zeros_of_their_fractions(raster):
+    scene = Scene(raster("a.tif", np.ones((2, 4, 4), np.uint8), bands=("650.05 nm", "650.5 nm")))
+    assert scene.band_indices(["650.5 nm", "650.05 nm"]) == (1, 0)
 
 
 # ------------------------------------------------------------------ what is refused

@@ -348,9 +348,8 @@ def test_errors(make, raster):
         with pytest.raises(ValueError, match=r"fractions must be positive and sum to 1, got .* \(sum "):
             block_split(scene, fractions, 10)
     for options, text in (
-        ({"block": 0}, "block must be a whole number of pixels, at least 1, got 0"),
-        ({"block": 10, "buffer": -1}, "buffer must be a whole number of pixels, at least 0, got -1"),
-        ({"block": 20.5}, r"block must be a whole number of pixels, at least 1, got 20\.5"),
+        ({"block": 0}, "block must be at least 1, got 0"),
+        ({"block": 10, "buffer": -1}, "buffer must be at least 0, got -1"),
         (
             {"block": 25},
             r"there are 1 blocks of 25 x 25 pixels for 3 parts, so that 'val' would be empty: choose smaller",
@@ -365,6 +364,14 @@ def test_errors(make, raster):
         ),
     ):
         with pytest.raises(ValueError, match=text):
+            block_split(scene, PARTS, **options)
+    for options, text in (
+        ({"block": 20.5}, r"block must be an integer of at least 1, got 20\.5"),
+        ({"block": True}, "block must be an integer of at least 1, got True"),
+        ({"block": 10, "buffer": 2.0}, r"buffer must be an integer of at least 0, got 2\.0"),
+        ({"block": 10, "seed": 1.9}, r"seed must be an integer of at least 0, got 1\.9"),
+    ):
+        with pytest.raises(TypeError, match=text):
             block_split(scene, PARTS, **options)
     with pytest.raises(ValueError, match=r"has a label, and .* has none: give all a label, or none"):
         block_split([scene, Scene(scene.image)], PARTS, 10)

@@ -1,7 +1,9 @@
 """Statistics of bands against NumPy on whole arrays."""
 
+import errno
 import json
 import math
+import os
 import pickle
 
 import numpy as np
@@ -191,3 +193,42 @@ def test_errors(raster):
         BandStatistics(["a"], "uint8").merge(BandStatistics(["b"], "uint8"))
     with pytest.raises(ValueError, match="q must be a percentage, from 0 to 100, got 101"):
         BandStatistics(["a"], "uint8").percentile(101)
+
+
+def test_what_is_kept_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    found = BandStatistics(["a"], "uint8")
+    found.update(np.array([[1, 2, 3]], np.uint8))
+    file = tmp_path / "new folder" / "statistics.json"
+    found.save(file)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    found.update(np.array([[4]], np.uint8))
+    with pytest.raises(OSError, match="No space left"):
+        found.save(file)
+    assert BandStatistics.load(file).count == 3
+    assert [each.name for each in file.parent.iterdir()] == ["statistics.json"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "text"),
+    [
+        ("uint8", np.zeros((3, 5), np.uint8), r"values must be \(2, N\) in uint8.* got \(3, 5\): .* pixels of a, b"),
+        ("uint8", np.zeros((1, 5), np.uint8), r"got \(1, 5\)"),
+        ("uint8", np.zeros(5, np.uint8), r"got \(5,\)"),
+        ("uint8", np.zeros((2, 5, 5), np.uint8), r"got \(2, 5, 5\)"),
+        ("uint8", np.full((2, 5), 300, np.uint16), "in uint8.* got uint16: make the statistics with dtype='uint16'"),
+        ("float32", np.zeros((2, 5)), "in float32.* got float64"),
+        ("float32", np.array([[1, 2], [3, np.nan]], np.float32), "finite, got NaN or infinite ones: leave pixels"),
+        ("float64", np.array([[1, np.inf], [3, 4]]), "finite, got NaN or infinite ones"),
+    ],
+)
+def test_other_pixels_are_refused_and_change_nothing(dtype, values, text):
+    found = BandStatistics(["a", "b"], dtype)
+    found.update(np.array([[1, 2], [3, 4]], dtype))
+    before = found.to_json()
+    with pytest.raises(ValueError, match=text):
+        found.update(values)
+    assert found.to_json() == before

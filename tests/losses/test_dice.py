@@ -384,6 +384,12 @@ LOGITS = torch.zeros(2, 3, 4, 4)
 CLASSES = torch.zeros(2, 4, 4, dtype=torch.long)
 
 
+@pytest.mark.parametrize("index", [255.0, True, "255"])
+def test_an_ignore_index_is_an_integer(index):
+    with pytest.raises(TypeError, match=f"ignore_index must be an integer, got {index!r}"):
+        DiceLoss(ignore_index=index)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -2,12 +2,15 @@
 
 import copy
 import math
+from collections import Counter, OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torchmetrics
 
 from ununennium.metrics import ConfusionMatrix, Dice, IoU, Metric, MetricCollection
+from ununennium.training.checkpoint.plain import pack, unpack
 
 
 def make_batch(seed=0, classes=4):
@@ -297,3 +300,61 @@ def test_the_state_of_other_metrics_is_refused():
         MetricCollection([Dice(3)]).load_state_dict(MetricCollection([IoU(3)]).state_dict())
     with pytest.raises(ValueError, match="not of num_classes=4"):
         MetricCollection([IoU(4)]).load_state_dict(MetricCollection([IoU(3)]).state_dict())
+
+
+class Slotted:
+    __slots__ = ("seen",)
+
+    def __init__(self):
+        self.seen = 0
+
+    update, compute, reset = Plain.update, Plain.compute, Plain.reset
+
+
+class HalfSlotted(Slotted):
+    """With attributes too, among which its count is not."""
+
+
+class Strange(Plain):
+    def __init__(self):
+        super().__init__()
+        self.seen = {"batches": [(1, {torch.device("cpu")})]}
+
+
+class StrangeState(Plain):
+    def state_dict(self):
+        return {"seen": [lambda: 0]}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (Slotted(), "the metric Slotted has __slots__"),
+        (HalfSlotted(), "the metric HalfSlotted has __slots__"),
+        (Strange(), r"'seen' of the metric Strange is or holds a torch\.device"),
+        (StrangeState(), r"'seen' in the state_dict of the metric StrangeState is or holds a builtins\.function"),
+    ],
+)
+def test_a_state_that_no_checkpoint_could_hold_names_the_metric_and_the_remedy(metric, message):
+    metrics = MetricCollection({"theirs": metric})
+    with pytest.raises(TypeError, match=rf"{message}.*: give it state_dict and load_state_dict"):
+        metrics.state_dict()
+
+
+def test_plain_data_is_what_a_checkpoint_holds():
+    metric = Plain()
+    metric.seen = [None, True, 1, 2.0, "a", (1,), {2}, frozenset({3}), {"a": {4: [5]}}, Counter("ab"), OrderedDict(a=1)]
+    metric.seen += [torch.zeros(2), np.zeros(2), np.float32(1)]
+    state = MetricCollection({"plain": metric}).state_dict()
+    tensors = {}
+    assert len(unpack(pack(state, tensors, "metrics"), tensors)["states"][0]["seen"]) == len(metric.seen)
+
+
+def test_labels_outside_the_classes_are_an_error_of_the_collection():
+    metrics = MetricCollection([IoU(3)])
+    metrics.update(torch.tensor([[0, 1]]), torch.tensor([[0, 7]]))
+    with pytest.raises(ValueError, match="1 targets lie outside the classes 0 … 2"):
+        metrics.compute()

@@ -293,8 +293,10 @@ def test_bad_batches_are_refused_with_cause_and_remedy(outputs, targets, message
     [
         ({"num_classes": 1}, ValueError, "at least 2 .*got 1"),
         ({"num_classes": 0}, ValueError, "at least 2"),
-        ({"num_classes": 2.0}, TypeError, "integer"),
-        ({"num_classes": 3, "ignore_index": 0.5}, TypeError, "integer"),
+        ({"num_classes": 2.0}, TypeError, r"num_classes must be an integer, got 2\.0"),
+        ({"num_classes": 3.0, "class_names": ["a", "b", "c"]}, TypeError, r"num_classes must be an integer, got 3\.0"),
+        ({"num_classes": True}, TypeError, "num_classes must be an integer, got True"),
+        ({"num_classes": 3, "ignore_index": 0.5}, TypeError, r"ignore_index must be an integer, got 0\.5"),
         ({"num_classes": 3, "average": None}, ValueError, '"macro", "micro" or "none", got None'),
         ({"num_classes": 3, "class_names": ["a", "b"]}, ValueError, "3 different names.*num_classes=3"),
         ({"num_classes": 3, "class_names": ["a", "b", "a"]}, ValueError, "3 different names"),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ununennium.models._bands import FilterMap, check_bands, match_bands, same_band
+from ununennium._band_names import same_band
+from ununennium.models._bands import FilterMap, check_bands, match_bands
 
 ALL = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8a", "B9", "B10", "B11", "B12")
 
@@ -18,6 +19,8 @@ ALL = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8a", "B9", "B10", "B11"
         ["SR_B4", "sr_b4", "SR_B04"],
         ["red", "Red", "RED"],
         ["B6_VCID_1", "b06_vcid_01"],
+        ["B02_20m", "B2_20m"],
+        ["10m B02", "10m B2"],
     ],
 )
 def test_spellings_of_one_band(alike):
@@ -25,7 +28,18 @@ def test_spellings_of_one_band(alike):
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("B8", "B8A"), ("B1", "B10"), ("B1", "B11"), ("B4", "SR_B4"), ("B10", "B1"), ("red", "B4")]
+    ("one", "other"),
+    [
+        ("B8", "B8A"),
+        ("B1", "B10"),
+        ("B1", "B11"),
+        ("B4", "SR_B4"),
+        ("B10", "B1"),
+        ("red", "B4"),
+        ("650.05 nm", "650.5 nm"),
+        ("B10_20m", "B1_20m"),
+        ("B8A_20m", "B8_20m"),
+    ],
 )
 def test_bands_that_differ(one, other):
     assert same_band(one) != same_band(other)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import timm
@@ -183,6 +184,12 @@ def test_bad_counts_are_named(argument, value, error):
     counts = {"in_channels": 4, "num_classes": 2, argument: value}
     with pytest.raises(error, match=f"{argument} must be .*got {value!r}"):
         create_model("unet_resnet18", **counts)
+
+
+def test_a_count_may_be_an_integer_of_numpy():
+    config = create_model("test_resnet", np.int64(4), np.uint8(2)).model_config
+    assert config == {"name": "test_resnet", "in_channels": 4, "num_classes": 2}
+    assert type(config["in_channels"]) is type(config["num_classes"]) is int
 
 
 def test_listed_names_are_sorted_and_each_is_found():

@@ -101,6 +101,12 @@ def test_classes_have_values_and_colours_of_their_own():
         ({"class_names": None, "class_values": [1]}, ValueError, "class_values has 1 entries for 0 class_names"),
         ({"colors": ["#000000"]}, ValueError, "colors has 1 entries for 2 class_names: give one for each"),
         ({"colors": ["#000000", "red"]}, ValueError, "'red' is no colour: write it as \"#rrggbb\""),
+        (
+            {"class_names": ["a", "b"], "class_values": [1.9, 3]},
+            TypeError,
+            r"value in class_values must be .* got 1\.9",
+        ),
+        ({"ignore_index": 254.9}, TypeError, r"ignore_index must be an integer, got 254\.9"),
         ({"class_names": "water"}, TypeError, "class_names must be a sequence of names, got 'water'"),
     ],
 )

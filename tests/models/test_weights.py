@@ -3,7 +3,6 @@
 The files are made here and lie where a download would have put them, so that what reads them is what users run.
 """
 
-import hashlib
 import json
 import re
 import sys
@@ -17,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ununennium._checkpoint_files import digest_of, text_of
 from ununennium.models import RasterModel, create_model, register_model
+from ununennium.prediction import load_model
+from ununennium.training import CheckpointError, checkpoint, export_weights
 
 ALL = ["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12"]
 L2A = [band for band in ALL if band != "B10"]
@@ -78,14 +80,23 @@ def hub_file(monkeypatch, module, path):
     monkeypatch.setattr("timm.models._hub.hf_hub_download", find)
 
 
-def save_checkpoint(folder, model, about=None, *, digest=None):
-    folder.mkdir(parents=True)
-    save_file(model.state_dict(), folder / "model.safetensors")
-    data = (folder / "model.safetensors").read_bytes()
-    files = {"model.safetensors": {"size": len(data), "sha256": digest or hashlib.sha256(data).hexdigest()}}
-    manifest = {"format": 2, **({} if about is None else {"model": about}), "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+def save_checkpoint(folder, model, about=None, averaged=None, averaged_by_default=True):
+    info = {} if about is None else {"model": about}
+    weights = {}
+    if averaged is not None:
+        info["averaged"] = {"default": averaged_by_default}
+        weights["averaged"] = averaged.state_dict()
+    checkpoint.write(folder, checkpoint.Contents(model.state_dict(), {"extra": {}}, info, **weights))
     return folder
+
+
+def rewrite(folder, change, *, sealed=True):
+    """Change what a checkpoint's manifest says, and seal it anew with its digest, or leave the old one."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    seal = manifest.pop("sha256")
+    change(manifest)
+    manifest["sha256"] = digest_of(manifest) if sealed else seal
+    (folder / "manifest.json").write_bytes(text_of(manifest))
 
 
 def first_convolution(model):
@@ -391,7 +402,7 @@ def test_a_checkpoint_that_the_trainer_wrote(tmp_path):
     model = create_model("head", 2, 3, weights=tmp_path / "last", bands=["B8", "B4"])
     assert torch.equal(model.weight, raster.network.weight[:, [1, 0]])
     assert torch.equal(model.bias, raster.network.bias)
-    with pytest.raises(FileNotFoundError, match=rf"folder of checkpoints; name one, such as {tmp_path / 'best'}"):
+    with pytest.raises(CheckpointError, match=rf"folder of checkpoints; name one of them, {tmp_path / 'last'}"):
         create_model("head", 2, 3, weights=tmp_path)
 
 
@@ -441,25 +452,83 @@ def damage(folder):
     save_file({name: tensor + 1 for name, tensor in state.items()}, folder / "model.safetensors")
 
 
+def lengthen(folder):
+    with open(folder / "model.safetensors", "ab") as file:
+        file.write(b" ")
+
+
 def shard(folder):
     (folder / "model.safetensors").rename(folder / "model.0.safetensors")
+    rewrite(folder, lambda it: it["files"].update({"model.0.safetensors": it["files"].pop("model.safetensors")}))
 
 
+def swap_bands(folder):
+    rewrite(folder, lambda it: it["model"].update(bands=BANDS[::-1]), sealed=False)
+
+
+def swap_bands_in_the_text(folder):
+    manifest = folder / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"B2", b"B?").replace(b"B8", b"B2").replace(b"B?", b"B8"))
+
+
+@pytest.mark.parametrize("spell", [Path, lambda path: path / "model.safetensors"])
 @pytest.mark.parametrize(
-    ("spoil", "error", "message"),
+    ("spoil", "message"),
     [
-        (damage, ValueError, "model.safetensors is damaged: its SHA-256"),
-        (shard, FileNotFoundError, r"is sharded over processes \(model\.0\.safetensors\).*Trainer\.load"),
-        (lambda folder: (folder / "model.safetensors").unlink(), FileNotFoundError, "no file .*model.safetensors"),
-        (lambda folder: (folder / "manifest.json").unlink(), FileNotFoundError, "no checkpoint at .*no manifest.json"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), ValueError, "manifest.json is damaged"),
+        (damage, "model.safetensors is damaged: size or SHA-256 differ"),
+        (lengthen, "model.safetensors is damaged: size or SHA-256 differ"),
+        (swap_bands, "manifest.json is damaged"),
+        (swap_bands_in_the_text, "manifest.json is damaged"),
+        (lambda folder: rewrite(folder, lambda it: it.update(format=99)), r"has format version 99.*up to \d.*upgrade"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors can't be read"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda folder: rewrite(folder, lambda it: it["files"].pop("model.safetensors")), "no file of the checkpoint"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_is_not_whole(spoil, error, message, tmp_path):
-    folder = save_checkpoint(tmp_path / "step", create_model("test_resnet", 4, 3))
+def test_a_checkpoint_is_verified_as_load_model_does_it(spoil, message, spell, tmp_path):
+    folder = save_checkpoint(tmp_path / "step", create_model("test_resnet", 4, 3), {"bands": BANDS})
+    assert create_model("test_resnet", 4, 3, weights=spell(folder)) is not None
     spoil(folder)
-    with pytest.raises(error, match=message):
+    with pytest.raises(CheckpointError, match=message):
+        create_model("test_resnet", 4, 3, weights=spell(folder))
+    with pytest.raises(CheckpointError):
+        load_model(folder, create_model("test_resnet", 4, 3))
+
+
+def test_a_sharded_checkpoint_says_how_it_is_made_one_file(tmp_path):
+    model = create_model("test_resnet", 4, 3)
+    folder = save_checkpoint(tmp_path / "step", model, {"bands": BANDS})
+    shard(folder)
+    with pytest.raises(CheckpointError, match=r"is sharded over processes \(model\.0\.safetensors\).*export_weights"):
         create_model("test_resnet", 4, 3, weights=folder)
+    one = create_model("test_resnet", 4, 3, weights=export_weights(folder, tmp_path / "one.safetensors"), bands=BANDS)
+    assert torch.equal(first_convolution(one), first_convolution(model))
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint_and_its_file_is_a_file(tmp_path):
+    model = create_model("test_resnet", 4, 3)
+    folder = save_checkpoint(tmp_path / "step", model, {"bands": BANDS})
+    (folder / "manifest.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint at .*step: a checkpoint is a folder with a manifest\.json"
+    ):
+        create_model("test_resnet", 4, 3, weights=folder)
+    made = create_model("test_resnet", 4, 3, weights=folder / "model.safetensors")
+    assert torch.equal(first_convolution(made), first_convolution(model))
+
+
+@pytest.mark.parametrize("by_default", [True, False])
+def test_averaged_weights_are_taken_where_load_model_takes_them(by_default, tmp_path):
+    raw, averaged = (randomized(create_model("test_resnet", 4, 3), seed) for seed in (1, 2))
+    folder = save_checkpoint(tmp_path / "step", raw, None, averaged, by_default)
+    wanted = {folder: averaged if by_default else raw}
+    wanted |= {folder / "model.safetensors": raw, folder / "averaged.safetensors": averaged}
+    for path, model in wanted.items():
+        made = create_model("test_resnet", 4, 3, weights=path)
+        assert torch.equal(first_convolution(made), first_convolution(model)), path
+    (folder / "averaged.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"averaged\.safetensors is damaged"):
+        create_model("test_resnet", 4, 3, weights=folder / "averaged.safetensors")
 
 
 def test_a_file_that_is_no_safetensors_file(tmp_path):
@@ -468,10 +537,18 @@ def test_a_file_that_is_no_safetensors_file(tmp_path):
         create_model("test_resnet", 4, 3, weights=tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("weights", ["checkpoints/best", Path("nowhere"), "nowhere.safetensors"])
-def test_a_path_with_nothing_there(weights, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("weights", "error"),
+    [
+        ("checkpoints/best", CheckpointError),
+        (Path("nowhere"), CheckpointError),
+        ("nowhere.safetensors", FileNotFoundError),
+        ("nowhere/model.safetensors", FileNotFoundError),
+    ],
+)
+def test_a_path_with_nothing_there(weights, error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=re.escape(str(weights))):
+    with pytest.raises(error, match=re.escape(str(weights))):
         create_model("test_resnet", 4, 3, weights=weights)
 
 

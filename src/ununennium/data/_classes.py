@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ununennium._arguments import integer
 from ununennium.data.scene import Scene, Window
 
 _UNKNOWN = np.iinfo(np.int64).min
@@ -28,13 +29,20 @@ class Classes:
     names : tuple of str or None
     values : tuple of int or None
         Each class's value in label rasters.
+
+    Raises
+    ------
+    TypeError
+        If a label value or ``ignore_index`` is no integer.
+    ValueError
+        If a value or a name is there twice, none is, or one value means two things.
     """
 
     def __init__(
         self, classes: Mapping[int, str] | Sequence[str] | None, ignore_index: int, ignore_values: Sequence[int]
     ) -> None:
-        self.ignore_index = int(ignore_index)
-        self.ignored = tuple(int(value) for value in ignore_values)
+        self.ignore_index = integer("ignore_index", ignore_index)
+        self.ignored = tuple(integer("a label value in ignore_values", value) for value in ignore_values)
         self.names: tuple[str, ...] | None = None
         self.values: tuple[int, ...] | None = None
         self._tables: dict[np.dtype[Any], NDArray[np.int64]] = {}
@@ -43,7 +51,7 @@ class Classes:
         if isinstance(classes, str):
             raise ValueError(f"classes must be a mapping of values to names, or a sequence of names, got {classes!r}")
         named = dict(classes) if isinstance(classes, Mapping) else dict(enumerate(classes))
-        self.values = tuple(int(value) for value in named)
+        self.values = tuple(integer("a label value in classes", value) for value in named)
         self.names = tuple(str(name) for name in named.values())
         if not self.values:
             raise ValueError("classes is empty: name each class, or leave classes out to keep label values as they are")

@@ -4,7 +4,10 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self
+
+from ununennium._checkpoint_files import whole_or_absent
 
 _FORMAT = 1
 
@@ -45,9 +48,15 @@ class Saved(ABC):
             raise ValueError(f"{cls._name} that {cls.__name__}.to_json wrote: {error!r}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a JSON file."""
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self.to_json())
+        """Write it to a JSON file, whole or not at all; its folder is made if need be.
+
+        Raises
+        ------
+        OSError
+            If it can't be written; what was there before stays.
+        """
+        with whole_or_absent(Path(path)) as aside:
+            aside.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -1,7 +1,7 @@
 """Chips: windows of scenes, as samples for training."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from ununennium._arguments import integer
 from ununennium.data._classes import Classes
 from ununennium.data._focus import ClassPixels
 from ununennium.data._places import Places, paint
@@ -91,6 +92,8 @@ class Chips(Dataset[Sample]):
 
     Raises
     ------
+    TypeError
+        If a size, ``length``, ``ignore_index`` or a label value is no integer.
     ValueError
         For arguments that do not fit each other or the scenes, and if no chip is left; when a chip is read, for a
         label that is none of the classes, naming file, pixel and value.
@@ -123,9 +126,10 @@ class Chips(Dataset[Sample]):
     ) -> None:
         self.scenes: tuple[Scene, ...] = as_scenes(scenes)
         self.size: tuple[int, int] = _pair("size", size)
+        self._classes = Classes(classes, ignore_index, ignore_values)
         self.region = region
         self.transform = transform
-        self.ignore_index: int = int(ignore_index)
+        self.ignore_index: int = self._classes.ignore_index
         self.min_valid: float = _share("min_valid", min_valid)
         self.focus: float = _share("focus", focus)
         first = self.scenes[0]
@@ -133,7 +137,6 @@ class Chips(Dataset[Sample]):
         self._bands = [scene.band_indices(self.bands) for scene in self.scenes]
         self.dtype: np.dtype[Any] = np.result_type(*(scene.dtype for scene in self.scenes))
         self.fill: float = _checked_fill(fill, self.dtype)
-        self._classes = Classes(classes, ignore_index, ignore_values)
         self.class_names: tuple[str, ...] | None = self._classes.names
         self.class_values: tuple[int, ...] | None = self._classes.values
         self.num_classes: int | None = None if self.class_values is None else len(self.class_values)
@@ -159,9 +162,7 @@ class Chips(Dataset[Sample]):
                 raise ValueError(
                     "once is for chips on a grid, and random ones overlap as they fall: leave once or length out"
                 )
-            if length < 1:
-                raise ValueError(f"length must be at least 1, got {length}")
-            self._length = int(length)
+            self._length = integer("length", length, 1)
         self._cumulated = np.cumsum([places.count for places in self._places])
         if self._cumulated[-1] == 0 or self._length == 0:
             raise self._nothing_left()
@@ -220,7 +221,7 @@ class Chips(Dataset[Sample]):
             if self.class_names is not None and wanted in self.class_names:
                 return self.class_names.index(wanted)
         elif self.class_values is None:
-            return int(wanted)
+            return integer("a label value in focus_classes", wanted)
         elif wanted in self.class_values:
             return self.class_values.index(wanted)
         known = "none are named" if self.class_names is None else f"there are {', '.join(self.class_names)}"
@@ -292,12 +293,12 @@ class Chips(Dataset[Sample]):
 
     def _draw_window(self) -> tuple[int, Window]:
         if self.focus and float(torch.rand(())) < self.focus:
-            pixels = self._pixels[self._focused[_below(len(self._focused))]]
-            number, row, col = pixels[_below(len(pixels))].tolist()
+            pixels = self._pixels[self._focused[draw_below(len(self._focused))]]
+            number, row, col = pixels[draw_below(len(pixels))].tolist()
             around = self._places[number].around(row, col)
-            row, col = around.at(_below(around.count))
+            row, col = around.at(draw_below(around.count))
             return number, Window(row, col, *self.size)
-        place = _below(int(self._cumulated[-1]))
+        place = draw_below(int(self._cumulated[-1]))
         number = int(np.searchsorted(self._cumulated, place, side="right"))
         place -= int(self._cumulated[number - 1]) if number else 0
         row, col = self._places[number].at(place)
@@ -355,16 +356,16 @@ def _overlaps(grid: NDArray[np.int32] | None, size: tuple[int, int]) -> dict[int
     return found
 
 
-def _below(count: int) -> int:
+def draw_below(count: int) -> int:
     """Draw a whole number from 0 to count - 1 from PyTorch's global generator."""
     return int(torch.randint(count, ()))
 
 
 def _pair(what: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or any(int(side) != side or side < 1 for side in pair):
-        raise ValueError(f"{what} must be a positive number of pixels, or a pair of them, got {value!r}")
-    return int(pair[0]), int(pair[1])
+    pair = tuple(value) if isinstance(value, Iterable) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{what} must be a number of pixels, or a pair of them, got {value!r}")
+    return integer(what, pair[0], 1), integer(what, pair[1], 1)
 
 
 def _share(what: str, value: float) -> float:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ununennium._arguments import integer
+from ununennium._band_names import same_band
 from ununennium.data._files import Grid, open_raster, version_of
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ class Scene:
         self._places = [(file, number) for file in files for number in file.numbers]
         self.bands: tuple[str, ...] = _names(files) if bands is None else tuple(bands)
         self._check_bands(given=bands is not None)
-        self._index = {_key(name): index for index, name in enumerate(self.bands)}
+        self._index = {same_band(name): index for index, name in enumerate(self.bands)}
         self._label_file = None if self.label is None else _label_file(self.label, finest)
 
     def __repr__(self) -> str:
@@ -132,7 +134,7 @@ class Scene:
     def _check_bands(self, given: bool) -> None:
         if len(self.bands) != len(self._places):
             raise ValueError(f"{self}: bands has {len(self.bands)} names, {list(self.bands)}: name each band once")
-        keys = [_key(name) for name in self.bands]
+        keys = [same_band(name) for name in self.bands]
         twice = sorted({name for name, key in zip(self.bands, keys, strict=True) if keys.count(key) > 1})
         if twice:
             remedy = ": give each a name of its own" + ("" if given else ", bands=[…]")
@@ -148,6 +150,8 @@ class Scene:
 
         Raises
         ------
+        TypeError
+            If one is neither a name nor an integer.
         ValueError
             If there is no such band; the message lists those there are.
         """
@@ -157,7 +161,7 @@ class Scene:
             raise ValueError(f"bands must be a sequence of names, got {bands!r}: write [{bands!r}]")
         indices = []
         for band in bands:
-            known = self._index.get(_key(band)) if isinstance(band, str) else int(band)
+            known = self._index.get(same_band(band)) if isinstance(band, str) else integer("a band's place", band)
             if known is None or not 0 <= known < len(self.bands):
                 raise ValueError(f"{self} has no band {band!r}; its bands are {', '.join(self.bands)}")
             indices.append(known)
@@ -419,18 +423,13 @@ def _names(files: list[_File]) -> tuple[str, ...]:
     names: list[str] = []
     for file, descriptions in zip(files, described, strict=True):
         in_file_name = _BAND_IN_FILE_NAME.findall(os.path.splitext(os.path.basename(file.path))[0])
-        if all(descriptions) and len({_key(str(name)) for name in descriptions}) == len(descriptions):
+        if all(descriptions) and len({same_band(str(name)) for name in descriptions}) == len(descriptions):
             names += [str(description) for description in descriptions]
         elif len(descriptions) == 1 and in_file_name:
             names.append(in_file_name[-1].upper())
         else:
             names += [f"B{len(names) + place}" for place in range(1, len(descriptions) + 1)]
     return tuple(names)
-
-
-def _key(name: str) -> str:
-    """Return what band names that mean the same have in common: "B02" and "b2", "B8A" and "B8a"."""
-    return re.sub(r"^(\D*)0+(\d+)$", r"\1\2", name.strip().casefold())
 
 
 def _typed(nodata: float | None, dtype: np.dtype[Any]) -> Any:

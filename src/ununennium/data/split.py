@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ununennium._arguments import integer
 from ununennium.data._assignment import assign
 from ununennium.data._classes import Classes
 from ununennium.data._lattice import Lattice, check_apart, lattices_of
@@ -222,6 +223,8 @@ def block_split(
 
     Raises
     ------
+    TypeError
+        If ``block``, ``buffer``, ``seed``, ``ignore_index`` or a label value is no integer.
     ValueError
         If fractions do not sum to 1, there are fewer blocks than parts, some scenes have labels and others do not, a
         label is none of the classes, or scenes overlap on different grids.
@@ -239,10 +242,7 @@ def block_split(
     """
     scenes = as_scenes(scenes)
     shares = _checked_fractions(fractions)
-    for what, value, least in (("block", block, 1), ("buffer", buffer, 0)):
-        if value != int(value) or value < least:
-            raise ValueError(f"{what} must be a whole number of pixels, at least {least}, got {value!r}")
-    block, buffer = int(block), int(buffer)
+    block, buffer, seed = integer("block", block, 1), integer("buffer", buffer, 0), integer("seed", seed, 0)
     groups = lattices_of(scenes)
     if not allow_overlap:
         check_apart(groups)
@@ -260,7 +260,7 @@ def block_split(
             f"no pixel of {scenes[0]}{' and the others' if len(scenes) > 1 else ''} has data and a label: see that the "
             "files' nodata values, ignore_index and ignore_values are right"
         )
-    given = assign(np.stack([pixels, *by_target.values()], axis=1), shares, int(seed))
+    given = assign(np.stack([pixels, *by_target.values()], axis=1), shares, seed)
     for table, start in zip(tables, _starts(tables), strict=True):
         present = table >= 0
         table[present] = given[start : start + int(present.sum())]
@@ -271,7 +271,7 @@ def block_split(
         {name: float(share) for name, share in fractions.items()},
         block,
         buffer,
-        int(seed),
+        seed,
         [(lattice, table) for (lattice, _), table in zip(groups, tables, strict=True)],
         _report(list(fractions), given, pixels, classes_found),
     )

@@ -32,6 +32,8 @@ class BandStatistics(Saved):
     ----------
     bands : tuple of str
     dtype : numpy.dtype
+    is_exact : bool
+        Whether values are counted one by one: integers of 8 or 16 bits.
     count : int
         Valid pixels.
     mean, std, min, max : tuple of float
@@ -57,7 +59,19 @@ class BandStatistics(Saved):
         ----------
         values : ndarray (C, N)
             Of the statistics' bands and type, finite.
+
+        Raises
+        ------
+        ValueError
+            If they are of another shape or type, or not finite; then none is taken up.
         """
+        expected = f"values must be ({len(self.bands)}, N) in {self.dtype}, a row for each band"
+        if values.ndim != 2 or len(values) != len(self.bands):
+            raise ValueError(f"{expected}, got {values.shape}: give the pixels of {', '.join(self.bands)}")
+        if values.dtype != self.dtype:
+            raise ValueError(f"{expected}, got {values.dtype}: make the statistics with dtype={values.dtype.name!r}")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError(f"{expected}, and finite, got NaN or infinite ones: leave pixels without data out")
         if values.shape[1] == 0:
             return
         part = BandStatistics(self.bands, self.dtype.name)
@@ -127,7 +141,13 @@ class BandStatistics(Saved):
         return self._extreme(1)
 
     def percentile(self, q: float) -> tuple[float, ...]:
-        """Return the q-th percentile of each band, q from 0 to 100, interpolated as `numpy.percentile` does."""
+        """Return the q-th percentile of each band, q from 0 to 100, interpolated as `numpy.percentile` does.
+
+        Raises
+        ------
+        ValueError
+            If q is no percentage.
+        """
         if not 0 <= q <= 100:
             raise ValueError(f"q must be a percentage, from 0 to 100, got {q!r}")
         if self.count == 0:

@@ -1,7 +1,6 @@
 """The soft Dice loss."""
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ununennium._arguments import integer
 from ununennium.losses import pixels
 from ununennium.losses.unrolled import Unrolled
 
@@ -40,6 +40,13 @@ class DiceLoss(nn.Module):
         ``False`` one Dice over the whole batch: a ratio of sums over the batch, which no way of averaging
         smaller batches can reproduce, so that accumulation, a short last batch or a second process change what
         is optimised.
+
+    Raises
+    ------
+    TypeError
+        If ``ignore_index`` is no integer.
+    ValueError
+        If ``smooth`` is negative or not finite, or ``weight`` is not finite numbers of at least 0, (C,), not all 0.
 
     Notes
     -----
@@ -84,7 +91,7 @@ class DiceLoss(nn.Module):
                     f"weight must hold one finite number >= 0 a class, shape (C,), not all 0; got {weight.tolist()}"
                 )
         self.register_buffer("weight", weight)
-        self.ignore_index: int | None = None if ignore_index is None else operator.index(ignore_index)
+        self.ignore_index: int | None = None if ignore_index is None else integer("ignore_index", ignore_index)
         self.smooth = smooth
         self.per_image = per_image
         self._seen_logits = False

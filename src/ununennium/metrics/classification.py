@@ -24,6 +24,13 @@ class ConfusionMetric(DerivedMetric):
     class_names : sequence of str, optional
         Names of the C classes, used where figures per class are named.
 
+    Raises
+    ------
+    TypeError
+        If ``num_classes`` or ``ignore_index`` is no integer.
+    ValueError
+        If ``num_classes`` is less than 2, or ``class_names`` are not as many different names.
+
     Notes
     -----
     Figures are float64. What would be 0 / 0 is NaN: every figure, if nothing was counted. An ``ignore_index`` within
@@ -37,12 +44,12 @@ class ConfusionMetric(DerivedMetric):
     def __init__(
         self, num_classes: int, *, ignore_index: int | None = None, class_names: Sequence[str] | None = None
     ) -> None:
+        self.source = ConfusionMatrix(num_classes, ignore_index)
         if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
             raise ValueError(
                 f"class_names must be {num_classes} different names, one a class, as num_classes={num_classes}; "
                 f"got {list(class_names)}"
             )
-        self.source = ConfusionMatrix(num_classes, ignore_index)
         self.class_names: list[str] | None = None if class_names is None else list(class_names)
 
     @property
@@ -90,6 +97,14 @@ class ClassMetric(ConfusionMetric):
         Names of the C classes, used where figures per class are named.
     per_class : bool, default False
         Give in the logs, beside the mean, the figure of each class: ``iou`` and ``iou/forest``.
+
+    Raises
+    ------
+    TypeError
+        If ``num_classes`` or ``ignore_index`` is no integer.
+    ValueError
+        If ``num_classes`` is less than 2, ``class_names`` are not as many different names, there is no such
+        ``average``, or ``per_class`` is asked for with ``average="none"``, which has no mean for it to stand beside.
 
     Notes
     -----
@@ -166,6 +181,10 @@ class IoU(ClassMetric):
     Weighted by the classes' shares (``average="weighted"``) it is the frequency-weighted IoU. See `ClassMetric` for
     the parameters.
 
+    References
+    ----------
+    P. Jaccard (1912), The distribution of the flora in the alpine zone, New Phytologist 11(2).
+
     Examples
     --------
     >>> iou = IoU(num_classes=3, ignore_index=255)
@@ -184,6 +203,10 @@ class Dice(ClassMetric):
     """Dice coefficient, the F1 score: 2 TP / (2 TP + FP + FN).
 
     See `ClassMetric` for the parameters.
+
+    References
+    ----------
+    L. R. Dice (1945), Measures of the amount of ecologic association between species, Ecology 26(3).
     """
 
     name = "dice"
@@ -196,6 +219,10 @@ class F1(Dice):
     """F1 score, the harmonic mean of precision and recall: `Dice` under its other name.
 
     See `ClassMetric` for the parameters.
+
+    References
+    ----------
+    C. J. van Rijsbergen (1979), Information Retrieval, second edition, Butterworths (of its measure E, 1 - F1).
     """
 
     name = "f1"
@@ -205,6 +232,11 @@ class Precision(ClassMetric):
     """Precision, in map accuracy the user's accuracy: TP / (TP + FP).
 
     See `ClassMetric` for the parameters.
+
+    References
+    ----------
+    R. G. Congalton (1991), A review of assessing the accuracy of classifications of remotely sensed data, Remote
+    Sensing of Environment 37(1).
     """
 
     name = "precision"
@@ -218,6 +250,11 @@ class Recall(ClassMetric):
 
     See `ClassMetric` for the parameters. Its mean counts a class that is predicted and nowhere true, with 0;
     `AverageAccuracy` does not.
+
+    References
+    ----------
+    R. G. Congalton (1991), A review of assessing the accuracy of classifications of remotely sensed data, Remote
+    Sensing of Environment 37(1).
     """
 
     name = "recall"
@@ -230,6 +267,11 @@ class OverallAccuracy(ConfusionMetric):
     """Overall accuracy, OA: the share of the pixels (or samples) that are classified right.
 
     See `ConfusionMetric` for the parameters.
+
+    References
+    ----------
+    R. G. Congalton (1991), A review of assessing the accuracy of classifications of remotely sensed data, Remote
+    Sensing of Environment 37(1).
     """
 
     name = "oa"
@@ -241,7 +283,12 @@ class OverallAccuracy(ConfusionMetric):
 class AverageAccuracy(ConfusionMetric):
     """Average accuracy, AA, the balanced accuracy: mean over the classes that targets hold of the share found.
 
-    See `ConfusionMetric` for the parameters.
+    That is the mean of the producer's accuracies. See `ConfusionMetric` for the parameters.
+
+    References
+    ----------
+    R. G. Congalton (1991), A review of assessing the accuracy of classifications of remotely sensed data, Remote
+    Sensing of Environment 37(1) (the producer's accuracy).
     """
 
     name = "aa"

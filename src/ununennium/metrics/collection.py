@@ -1,10 +1,13 @@
 """Several metrics over the same batches."""
 
 import copy
+import itertools
 import re
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -105,6 +108,12 @@ class MetricCollection:
         total : callable, optional
             Sums a tensor over several processes, so that figures are those of all. Metrics of torchmetrics ask the
             process group themselves; others have a method ``reduced(total)`` that returns the metric of all.
+
+        Raises
+        ------
+        ValueError
+            If a metric of classes has seen targets or predictions outside its classes; and what a metric that is not
+            of this package raises.
         """
         whole: dict[int, Any] = {}
         if total is not None:
@@ -164,6 +173,11 @@ class MetricCollection:
         """Return what the metrics have counted so far: the live tensors, in plain data.
 
         Of a metric with neither ``state_dict`` nor PyTorch modules in it these are its attributes.
+
+        Raises
+        ------
+        TypeError
+            If what a metric has counted is no plain data, or in slots; the message names the metric.
         """
         return {"names": list(self._metrics), "states": [_state_of(source) for source in self._sources]}
 
@@ -214,9 +228,34 @@ def _state_of(source: Any) -> dict[str, Any]:
             part.persistent(True)
         updates = [getattr(part, "_update_count", 0) for part in parts]
         return {"module": dict(source.state_dict()), "updates": updates}
+    kind = type(source)
+    remedy = "give it state_dict and load_state_dict, which hand over what it has counted as plain data"
     if hasattr(source, "state_dict"):
-        return dict(source.state_dict())
-    return dict(vars(source))
+        state, where = dict(source.state_dict()), f"in the state_dict of the metric {kind.__name__}"
+    elif not hasattr(source, "__dict__") or any(vars(each).get("__slots__") for each in kind.__mro__):
+        raise TypeError(
+            f"the metric {kind.__name__} has __slots__, of which nobody knows what it has counted: {remedy}"
+        )
+    else:
+        state, where = dict(vars(source)), f"of the metric {kind.__name__}"
+    for name, value in state.items():
+        if (strange := _strange_in(value)) is not None:
+            raise TypeError(f"{name!r} {where} is or holds a {strange}, which no checkpoint does: {remedy}")
+    return state
+
+
+def _strange_in(value: Any) -> str | None:
+    """Return the type of something that is no plain data, as checkpoints hold it; None if all is."""
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str) or isinstance(value, Tensor):
+        return None
+    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biuf":
+        return None
+    if kind in (list, tuple, set, frozenset):
+        return next(filter(None, map(_strange_in, value)), None)
+    if kind in (dict, OrderedDict, Counter):
+        return next(filter(None, map(_strange_in, itertools.chain(value, value.values()))), None)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _take_over(source: Any, state: dict[str, Any]) -> None:

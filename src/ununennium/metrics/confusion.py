@@ -1,12 +1,12 @@
 """The confusion matrix: exact counts on the device of the predictions."""
 
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ununennium._arguments import integer
 from ununennium.kernels import MOST_CHANNELS, Kernels, plain
 
 _UINT8, _INT16 = 255, 32767
@@ -82,13 +82,20 @@ class ConfusionMatrix:
         Number of classes C, at least 2.
     ignore_index : int, optional
         Target value that is left out, inside or outside 0 … C-1.
+
+    Raises
+    ------
+    TypeError
+        If one of them is no integer.
+    ValueError
+        If ``num_classes`` is less than 2.
     """
 
     def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
-        self.num_classes: int = operator.index(num_classes)
+        self.num_classes: int = integer("num_classes", num_classes)
         if self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 (one class is two: it and the rest), got {num_classes!r}")
-        self.ignore_index: int | None = None if ignore_index is None else operator.index(ignore_index)
+        self.ignore_index: int | None = None if ignore_index is None else integer("ignore_index", ignore_index)
         # Rows: below 0, the classes, above C-1. Columns: the classes, outside. So that a wrong label or prediction
         # costs a row or a column and not a synchronisation.
         self._counts = torch.zeros((self.num_classes + 2) * (self.num_classes + 1), dtype=torch.int64)

@@ -169,6 +169,13 @@ class RegressionMetric(DerivedMetric):
         have targets, and beside it each channel has its own: ``mae`` and ``mae/height``. By default all values go into
         one figure.
 
+    Raises
+    ------
+    TypeError
+        If ``ignore_value`` is no number, or ``channel_names`` no sequence.
+    ValueError
+        If ``channel_names`` is one string, is empty, or has a name twice.
+
     Notes
     -----
     Figures are float64, from sums over all batches that are divided once; NaN if there were no targets. Metrics with

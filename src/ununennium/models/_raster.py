@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ununennium._arguments import integer
 from ununennium.models._registry import create_model
 from ununennium.palette import palette, rgb
 
@@ -49,7 +50,7 @@ class RasterModel(nn.Module):
     ValueError
         If the lengths do not fit each other, a band or a class value is there twice, or a std is not positive.
     TypeError
-        If bands or class_names is one string.
+        If bands or class_names is one string, or a class value or ignore_index is no integer.
     """
 
     mean: Tensor
@@ -77,10 +78,10 @@ class RasterModel(nn.Module):
         self.fill: float = float(fill)
         self.class_names: tuple[str, ...] | None = None if class_names is None else tuple(class_names)
         num_classes = 0 if self.class_names is None else len(self.class_names)
-        codes = range(num_classes) if class_values is None else map(int, class_values)
-        self.class_values: tuple[int, ...] = tuple(codes)
+        codes = range(num_classes) if class_values is None else class_values
+        self.class_values: tuple[int, ...] = tuple(integer("a value in class_values", code) for code in codes)
         self.colors: tuple[str, ...] = tuple(palette(num_classes)) if colors is None else tuple(colors)
-        self.ignore_index: int = int(ignore_index)
+        self.ignore_index: int = integer("ignore_index", ignore_index)
         if len(set(self.bands)) < len(self.bands) or not self.bands:
             raise ValueError(f"bands must name each band once, and at least one, got {list(self.bands)}")
         for what, entries in (("class_values", self.class_values), ("colors", self.colors)):

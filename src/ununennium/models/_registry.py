@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from ununennium._arguments import integer
 from ununennium.models._bands import Unmatched, check_bands, check_unmatched
 from ununennium.models._names import normalize
 from ununennium.models._weights import Design, is_checkpoint, make_pretrained
@@ -88,8 +89,10 @@ def create_model(
 
     Raises
     ------
+    ununennium.training.CheckpointError
+        If there is no checkpoint at the path, or it is damaged, sharded over files, or was written by a newer version.
     FileNotFoundError
-        If there is no checkpoint at the path.
+        If there is no such safetensors file.
     ImportError
         If weights are TorchGeo's, and TorchGeo is not installed.
     TypeError
@@ -98,8 +101,7 @@ def create_model(
         If the name or the weights are unknown, if bands have no namesake or are not `in_channels`, if weights
         do not fit the model, or if smp or timm refuses the combination.
     """
-    _check_count("in_channels", in_channels)
-    _check_count("num_classes", num_classes)
+    in_channels, num_classes = integer("in_channels", in_channels, 1), integer("num_classes", num_classes, 1)
     if weights is not None and not isinstance(weights, (str, os.PathLike)):
         raise TypeError(f"weights must be a name or a path, got {weights!r}.")
     names = None if bands is None else check_bands(bands, in_channels)
@@ -248,10 +250,3 @@ def _plain_value(value: Any) -> Any:
     if type(value) is dict and all(type(key) is str for key in value):
         return {key: _plain_value(entry) for key, entry in value.items()}
     raise TypeError(f"{value!r} is not plain data")
-
-
-def _check_count(argument: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument} must be an int, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{argument} must be at least 1, got {value}.")

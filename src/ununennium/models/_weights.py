@@ -7,7 +7,6 @@ with one band or one class more, on the meta device, where that costs no memory.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,9 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ununennium._checkpoint_files import AVERAGED, MANIFEST, MODEL, CheckpointError, readable_manifest_of, verified
 from ununennium.models._bands import RGB, FilterMap, Unmatched, match_bands
-
-_MANIFEST, _TENSORS, _AVERAGED = "manifest.json", "model.safetensors", "averaged.safetensors"
 
 _TORCHGEO_NAME = re.compile(r"(?:(\w+)\.)?([A-Z][A-Z0-9_]*)")
 
@@ -103,12 +101,14 @@ def make_pretrained(
 
     Raises
     ------
+    CheckpointError
+        If they are a checkpoint's, and it is not there, damaged, sharded, or of a newer version.
     FileNotFoundError
-        If the weights are a path, and there is no checkpoint.
+        If the weights are a safetensors file, and there is none.
     ImportError
         If they are TorchGeo's, and it is not installed.
     ValueError
-        If they are unknown, don't fit the model or the bands, or are damaged.
+        If they are unknown, don't fit the model or the bands, or are in no safetensors file.
     """
     if isinstance(weights, str) and design.knows(weights):
         if bands is None:
@@ -142,7 +142,7 @@ def is_checkpoint(weights: str | os.PathLike[str] | None) -> bool:
         return False
     if not isinstance(weights, str) or weights.endswith(".safetensors"):
         return True
-    return (Path(weights).expanduser() / _MANIFEST).is_file()
+    return (Path(weights).expanduser() / MANIFEST).is_file()
 
 
 def _find(design: Design, weights: str | os.PathLike[str]) -> Source:
@@ -214,57 +214,56 @@ def _of_torchgeo(design: Design, enum_name: str | None, weight_name: str) -> Sou
 
 def _of_checkpoint(path: Path) -> Source:
     """Return the model of one of this library's checkpoints, or of a safetensors file from anywhere."""
+    is_file = path.suffix == ".safetensors"
+    folder = path.parent if is_file else path
+    if is_file and not (path.name in (MODEL, AVERAGED) and (folder / MANIFEST).is_file()):
+        return _of_file(path)
+    manifest = readable_manifest_of(folder)
+    name = path.name if is_file else AVERAGED if manifest.get("averaged", {}).get("default") else MODEL
+    files = manifest["files"]
+    if name not in files:
+        stem, _, ending = name.partition(".")
+        shards = sorted(file for file in files if file.startswith(f"{stem}.") and file.endswith(f".{ending}"))
+        raise CheckpointError(
+            f"{path} is sharded over processes ({', '.join(shards)}): make one file of it with "
+            'ununennium.training.export_weights(checkpoint, "model.safetensors"), and name that'
+            if shards
+            else f"{path} is no file of the checkpoint {folder}: name the checkpoint"
+        )
+    file = folder / name
+    return _source_of(str(path), lambda: _tensors_of(file, verified(file, files[name])), manifest.get("model"))
+
+
+def _of_file(file: Path) -> Source:
+    """Return what a safetensors file holds that belongs to no checkpoint."""
     import safetensors
 
-    beside = path / _MANIFEST if path.suffix != ".safetensors" else path.with_name(_MANIFEST)
-    file = path if path.suffix == ".safetensors" else path / _TENSORS
-    manifest: dict[str, Any] = {}
-    if beside.is_file() and file.name in (_TENSORS, _AVERAGED):
-        try:
-            manifest = dict(json.loads(beside.read_bytes()))
-        except ValueError as error:
-            raise ValueError(f"{beside} is damaged, so the checkpoint can't be used: take another") from error
-        if file != path and manifest.get("averaged", {}).get("default"):  # as `load_model` does
-            file = path / _AVERAGED
-    elif file != path:
-        inside = next((path / name for name in ("best", "last") if (path / name / _MANIFEST).is_file()), None)
-        raise FileNotFoundError(
-            f"There is no checkpoint at {path}: "
-            + (f"it is a folder of checkpoints; name one, such as {inside}." if inside else f"it has no {_MANIFEST}.")
-        )
     if not file.is_file():
-        shards = sorted(part.name for part in path.glob("model.*.safetensors"))
-        raise FileNotFoundError(
-            f"{path} is sharded over processes ({', '.join(shards)}); weights are read from a checkpoint of one file: "
-            "load it with Trainer.load in one process and save it again."
-            if shards
-            else f"There is no file {file}."
-        )
-    about = manifest.get("model")
-    if not manifest:
-        try:
-            with safetensors.safe_open(file, "pt") as opened:
-                about = json.loads((opened.metadata() or {}).get("model", "null"))
-        except (ValueError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{file} can't be read as a safetensors file: {error}") from error
+        raise FileNotFoundError(f"There is no file {file}.")
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get("model", "null"))
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} can't be read as a safetensors file: {error}") from error
+    return _source_of(str(file), lambda: _tensors_of(file, file.read_bytes()), about)
+
+
+def _source_of(name: str, fetch: Callable[[], Fetched], about: Any) -> Source:
+    """Return a source of weights, given the `model_config` of what was trained, if that is known."""
     bands = about.get("bands") if isinstance(about, Mapping) else None
     return Source(
-        str(path),
-        lambda: _read(file, manifest.get("files", {}).get(file.name)),
+        name,
+        fetch,
         bands=None if bands is None else tuple(bands),
         num_bands=None if bands is None else len(bands),
         whole=True,
     )
 
 
-def _read(file: Path, expected: Mapping[str, Any] | None) -> Fetched:
-    """Read a safetensors file; verify what the manifest says of it."""
+def _tensors_of(file: Path, data: bytes) -> Fetched:
     import safetensors
     import safetensors.torch
 
-    data = file.read_bytes()
-    if expected is not None and expected["sha256"] != hashlib.sha256(data).hexdigest():
-        raise ValueError(f"{file} is damaged: its SHA-256 is not the manifest's. Take another checkpoint.")
     try:
         return dict(safetensors.torch.load(data))
     except safetensors.SafetensorError as error:

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 
+from ununennium._checkpoint_files import CheckpointError as CheckpointError
+from ununennium._checkpoint_files import DamagedCheckpointError as DamagedCheckpointError
+
 
 class BatchError(ValueError):
     """A batch that does not fit the model or the loss."""
@@ -21,14 +24,6 @@ class NonFiniteError(FloatingPointError):
 
 class DataOrderError(RuntimeError):
     """An order of samples that is not the one the run was left in."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, of another kind, or of another run."""
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint that is not whole, or not there."""
 
 
 class Preempted(SystemExit):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ununennium._checkpoint_files import digest_of
 from ununennium.training import CheckpointError
 from ununennium.training.checkpoint import Contents, read, write
 from ununennium.training.checkpoint.plain import pack, unpack
@@ -137,13 +138,11 @@ def test_missing_and_malicious_files_are_refused(tmp_path, name):
 
 
 def test_a_newer_format_says_what_to_do(tmp_path):
-    from ununennium.training.checkpoint import format as fmt
-
     write(tmp_path / "c", contents())
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     manifest["format"] = 99
     del manifest["sha256"]
-    manifest["sha256"] = fmt._digest_of(manifest)
+    manifest["sha256"] = digest_of(manifest)
     (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest, indent=1))
     with pytest.raises(CheckpointError, match=r"format version 99.*upgrade"):
         read(tmp_path / "c")

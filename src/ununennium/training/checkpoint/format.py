@@ -6,8 +6,7 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,47 @@ import torch
 from torch import Tensor
 
 from ununennium import __version__
+from ununennium._checkpoint_files import (
+    ASIDE,
+    AVERAGED,
+    AVERAGING_FORMAT,
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    TENSORS,
+    TREE,
+    CheckpointError,
+    DamagedCheckpointError,
+    digest_of,
+    flush,
+    manifest_of,
+    readable_manifest_of,
+    text_of,
+    verified,
+    whole_or_absent,
+)
 from ununennium.training.checkpoint.plain import unpack
 from ununennium.training.checkpoint.shards import assemble
-from ununennium.training.errors import CheckpointError, DamagedCheckpointError
 
-FORMAT, AVERAGING_FORMAT = 2, 3  # the second with averaged weights, which versions before it would pass over
-MODEL, TENSORS, TREE, MANIFEST = "model.safetensors", "training.safetensors", "training.json", "manifest.json"
-AVERAGED = "averaged.safetensors"
-ASIDE = ".tmp-"  # what begins with it is being made or taken away, and of no use to anybody after a crash
+__all__ = [  # with what it has from below, so that those who write and read checkpoints find it in one place
+    "ASIDE",
+    "AVERAGED",
+    "MODEL",
+    "TENSORS",
+    "TREE",
+    "Contents",
+    "begin",
+    "chosen",
+    "commit",
+    "export_weights",
+    "flush",
+    "give_up",
+    "manifest_of",
+    "read",
+    "shard_name",
+    "whole_or_absent",
+    "write_files",
+]
 
 _OWN_KEYS = ("format", "versions", "files", "sha256")
 _CHUNK = 1 << 22
@@ -98,8 +130,8 @@ def commit(aside: Path, path: Path, described: dict[str, Any], info: dict[str, A
         },
         "files": described,
     }
-    manifest["sha256"] = _digest_of(manifest)
-    _write(aside / MANIFEST, [_text_of(manifest)])
+    manifest["sha256"] = digest_of(manifest)
+    _write(aside / MANIFEST, [text_of(manifest)])
     flush(aside)
     os.rename(aside, path)
     flush(path.parent)
@@ -121,22 +153,8 @@ def read(path: str | Path) -> Contents:
         If it was written by a newer version.
     """
     folder = Path(path).expanduser().resolve()
-    manifest = manifest_of(folder)
-    newest = max(FORMAT, AVERAGING_FORMAT)
-    if manifest["format"] > newest:
-        raise CheckpointError(
-            f"{folder} has format version {manifest['format']}, this ununennium ({__version__}) reads up to {newest}: "
-            "upgrade ununennium to load it"
-        )
-    files: dict[str, bytes] = {}
-    for name, expected in manifest["files"].items():
-        try:
-            data = (folder / name).read_bytes()
-        except OSError as error:
-            raise DamagedCheckpointError(f"{folder / name} can't be read: {error}") from error
-        if len(data) != expected["size"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            raise DamagedCheckpointError(f"{folder / name} is damaged: size or SHA-256 differ from the manifest's")
-        files[name] = data
+    manifest = readable_manifest_of(folder)
+    files = {name: verified(folder / name, expected) for name, expected in manifest["files"].items()}
     info = {k: v for k, v in manifest.items() if k not in _OWN_KEYS}
     try:
         training = unpack(json.loads(files[TREE]), assemble(_those_of(files, TENSORS)))
@@ -204,64 +222,6 @@ def export_weights(path: str | Path, destination: str | Path, *, averaged: bool 
     return destination
 
 
-@contextmanager
-def whole_or_absent(destination: Path) -> Iterator[Path]:
-    """Yield where to write a file, with the same ending; it takes its place, flushed to disk, if nothing is raised.
-
-    What was there is replaced; the folder is made if need be.
-    """
-    os.makedirs(destination.parent, exist_ok=True)
-    aside = destination.parent / f"{ASIDE}{secrets.token_hex(4)}-{destination.name}"
-    try:
-        yield aside
-        flush(aside)
-        os.replace(aside, destination)
-    finally:
-        aside.unlink(missing_ok=True)
-    flush(destination.parent)
-
-
-def manifest_of(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest alone, and verify it against its own digest.
-
-    Raises
-    ------
-    DamagedCheckpointError
-        If there is none, or it is damaged.
-    """
-    try:
-        raw = (folder / MANIFEST).read_bytes()
-    except OSError as error:
-        inside = any(folder.glob(f"step-*/{MANIFEST}"))
-        raise DamagedCheckpointError(
-            f"there is no checkpoint at {folder}: "
-            + (
-                f'it is a folder of checkpoints; name one of them, {folder / "last"}, or let resume="auto" find it'
-                if inside
-                else f"a checkpoint is a folder with a {MANIFEST} ({error.strerror})"
-            )
-        ) from error
-    try:
-        manifest: dict[str, Any] = json.loads(raw)
-        sound = raw == _text_of(manifest)  # one way to write it down: not a space is free
-        digest = manifest.pop("sha256")
-        sound = sound and digest == _digest_of(manifest) and {"format", "files"} <= manifest.keys()
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        sound = False
-    if not sound:
-        raise DamagedCheckpointError(f"{folder / MANIFEST} is damaged")
-    return manifest
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold what a folder lists."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write(path: Path, parts: Iterable[Any]) -> dict[str, Any]:
     """Write a new file, flush it, and return its size and digest."""
     digest, size = hashlib.sha256(), 0
@@ -289,14 +249,6 @@ def shard_name(file: str, rank: int) -> str:
 def _those_of(files: dict[str, bytes], name: str) -> list[bytes]:
     stem, ending = name.split(".")
     return [data for file, data in files.items() if file.split(".")[0] == stem and file.endswith(ending)]
-
-
-def _text_of(manifest: dict[str, Any]) -> bytes:
-    return json.dumps(manifest, indent=1).encode()
-
-
-def _digest_of(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _from_1(contents: Contents) -> Contents:
