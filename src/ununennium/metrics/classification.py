@@ -45,10 +45,11 @@ class ConfusionMetric(DerivedMetric):
         self, num_classes: int, *, ignore_index: int | None = None, class_names: Sequence[str] | None = None
     ) -> None:
         self.source = ConfusionMatrix(num_classes, ignore_index)
-        if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
+        alone = isinstance(class_names, str)  # one name, and not one a letter
+        if class_names is not None and (alone or not len(set(class_names)) == len(class_names) == num_classes):
             raise ValueError(
                 f"class_names must be {num_classes} different names, one a class, as num_classes={num_classes}; "
-                f"got {list(class_names)}"
+                f"got {class_names!r}"
             )
         self.class_names: list[str] | None = None if class_names is None else list(class_names)
 

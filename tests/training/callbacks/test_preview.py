@@ -195,7 +195,7 @@ def test_bands_by_name_and_by_choice(tmp_path, drawn):
 
     for options, channels, title in (
         ({}, [3, 2, 1], "Image (B4, B3, B2)"),
-        ({"rgb": ["b8", "B4", 2]}, [0, 3, 2], "Image (B8, B4, B3)"),
+        ({"rgb": ["b08", "B4", 2]}, [0, 3, 2], "Image (B8, B4, B3)"),
         ({"rgb": ["B8"]}, [0], "Image (B8)"),
     ):
         example, said = shown(**options)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
+from ununennium._band_names import same_band
 from ununennium.training.batches import describe, split_batch
 from ununennium.training.targets import BINARY, PROBABILITIES, is_one_of
 from ununennium.training.windows import loss_setting
@@ -217,10 +218,10 @@ def channels_of(rgb: Sequence[str | int] | None, bands: Sequence[str] | None, co
     if rgb is None:
         return rgb_bands(known or [""] * count)
     found = []
-    folded = [name.casefold() for name in known or ()]
+    alike = [same_band(name) for name in known or ()]
     for band in rgb:
-        if isinstance(band, str) and band.casefold() in folded:
-            found.append(folded.index(band.casefold()))
+        if isinstance(band, str) and same_band(band) in alike:
+            found.append(alike.index(same_band(band)))
         elif isinstance(band, int) and 0 <= band < count:
             found.append(band)
         else:
