@@ -4,6 +4,7 @@ import inspect
 import math
 import random
 from collections import namedtuple
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -279,16 +280,71 @@ def test_modes_of_every_module_are_put_back(make_data):
     assert not torch.equal(model[3].running_mean, statistics[1])
 
 
-def test_modes_and_random_state_are_put_back_after_an_error_in_validation(make_model, loader):
-    class Fails(IoU):
-        def compute(self):
-            raise RuntimeError("broken")
+def draw():
+    random.random(), np.random.rand(), torch.rand(())
 
-    model = make_model()
-    trainer = make_trainer(model, loader, loader, metrics=[Fails(4)])
-    with pytest.raises(RuntimeError, match="broken"):
+
+def random_states():
+    return random.getstate(), np.random.get_state()[1:3], torch.get_rng_state()
+
+
+def are_same(states, others):
+    (python, (key, place), torchs), (other, (other_key, other_place), other_torchs) = states, others
+    return python == other and (key == other_key).all() and place == other_place and torch.equal(torchs, other_torchs)
+
+
+class DrawsInForward(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            draw()
+        return x
+
+
+class DrawsInUpdate(IoU):
+    def update(self, outputs, targets):
+        draw()
+        super().update(outputs, targets)
+
+
+class Fails(IoU):
+    def update(self, outputs, targets):
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "and validation fails"])
+@pytest.mark.parametrize("who", ["model", "metric", "val_transform"])
+def test_modes_and_random_state_are_as_before_whatever_draws_in_validation(make_model, loader, who, fails):
+    """Trap 18: outside the loader, which draws from generators of its own."""
+    model = nn.Sequential(make_model(), DrawsInForward()) if who == "model" else make_model()
+    model[0].eval()
+    flags = [m.training for m in model.modules()]
+    metrics = {"drawing": DrawsInUpdate(4) if who == "metric" else IoU(4)}
+    options = {"val_transform": lambda batch: (draw(), batch)[1]} if who == "val_transform" else {}
+    metrics |= {"failing": Fails(4)} if fails else {}
+    trainer = make_trainer(model, loader, loader, metrics=metrics, **options)
+    with trainer.evaluating():  # the control: something is drawn
+        before = random_states()
+        _, result = trainer.evaluate(next(iter(loader)))
+        metrics["drawing"].update(result.outputs, result.targets)
+        drawn = random_states()
+    assert not are_same(before, drawn)
+    assert are_same(before, random_states())
+    with pytest.raises(RuntimeError, match="broken") if fails else nullcontext():
         trainer.validate()
-    assert all(m.training for m in model.modules())
+    assert are_same(before, random_states())
+    assert [m.training for m in model.modules()] == flags
+
+
+def test_what_draws_in_validation_does_not_change_what_is_trained(make_data):
+    """The first epoch's validation lies before the second one's dropout."""
+
+    def trained(*drawing):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5), *drawing).double()
+        make_trainer(model, DataLoader(make_data(8), 2, shuffle=True), DataLoader(make_data(4), 2)).fit(2)
+        return weights_of(model)
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(), trained(DrawsInForward()), strict=True))
 
 
 def test_a_model_left_in_eval_mode_is_trained_in_train_mode_and_given_back(make_data):
