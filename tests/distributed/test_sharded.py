@@ -316,6 +316,8 @@ def test_a_process_killed_while_shards_are_written_leaves_the_checkpoint_before(
         names = [p.name for p in (folder / "c").glob("step-*")]
         assert [name[: len(STEP)] for name in names] == ["step-00000001"], (victim, place)
         assert newest(folder / "c")[0].name == (folder / "c" / "last").resolve().name == names[0]
+        begun = list((folder / "c").glob(f".tmp-{STEP}-*"))  # which process 0 takes away, if it can
+        assert len(begun) == (victim == 0), (victim, place)
     others = [folder / "c" for folder in folders]
     for uncut, *found in run(2, same_bits_of_many, tmp_path / "p", [tmp_path / "whole", *others], 1):
         assert found == [uncut] * len(PLACES)
