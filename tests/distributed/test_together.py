@@ -18,13 +18,13 @@ import torchmetrics
 from processes import free_port, run, torchrun
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from victim_ddp import EPOCHS, Augmented, Exact, build, exact_network, failing, network, train
+from victim_ddp import EPOCHS, STEPS, Augmented, Exact, build, exact_network, failing, network, train
 
 from ununennium.metrics import IoU
 from ununennium.training import Callback, CheckpointCallback, EarlyStoppingCallback, NonFiniteError, Preempted, Trainer
 from ununennium.training import distributed as processes_together
 from ununennium.training import trainer as trainer_module
-from ununennium.training.checkpoint import writer
+from ununennium.training.checkpoint import newest, writer
 from ununennium.training.step import Stepper
 
 SCRIPT = Path(__file__).with_name("victim_ddp.py")
@@ -70,8 +70,8 @@ class SendsInValidation(Augmented):
         return super().__getitem__(index)
 
 
-def left(rank, world, folder, place):
-    where = {"val_data": SendsInValidation(7)} if place == "validation" else {"callbacks": [Sends(1, *place)]}
+def left(rank, world, folder, place, to=1):
+    where = {"val_data": SendsInValidation(7)} if place == "validation" else {"callbacks": [Sends(to, *place)]}
     trainer = build(folder, world, checkpoints=STOPS, **where)
     with pytest.raises(Preempted) as caught:
         trainer.fit(EPOCHS)
@@ -98,6 +98,26 @@ def test_a_signal_to_one_process_ends_all_at_one_step_with_one_checkpoint(tmp_pa
     assert position(tmp_path / "c") == saved
     names = [c.name.split("-")[1] for c in checkpoints_in(tmp_path / "c")]
     assert names.count(f"{steps:08d}") == 1
+
+
+def left_by_process_0(rank, world, folder, places):
+    return [left(rank, world, folder / str(steps), place, 0) for place, steps, _ in places]
+
+
+def test_a_signal_to_process_0_does_so_too(tmp_path):
+    """It is the one that writes."""
+    places = [
+        (("batch_start", 1, 0), 4, (1, 2, 4)),
+        (("batch_end", 1, 1), 5, (1, 4, 5)),
+        (("batch_end", 1, 4), 6, (2, 0, 6)),
+        (("epoch_end", 0), 3, (1, 0, 3)),
+    ]
+    for results in run(2, left_by_process_0, tmp_path / "p", tmp_path, places, limit=60):
+        assert [r[:4] for r in results] == [(143, steps, *saved[:2]) for _, steps, saved in places]
+    for _, steps, saved in places:
+        assert position(tmp_path / str(steps)) == saved
+        names = [c.name.split("-")[1] for c in checkpoints_in(tmp_path / str(steps))]
+        assert names.count(f"{steps:08d}") == 1
 
 
 def train_both(rank, world, folder, *args):
@@ -141,17 +161,20 @@ def by_hand(folder, world=2, **environment):
     ]  # fmt: skip
 
 
-def test_sigterm_from_outside_to_one_process_lets_all_exit_with_143(tmp_path):
+@pytest.mark.parametrize("to", [0, 1])
+def test_sigterm_from_outside_to_one_process_lets_all_exit_with_143(tmp_path, to):
     victims = by_hand(tmp_path, SECONDS="0.2", SAVING="0.3")
     try:
-        victims[1].stdout.readline()
+        victims[to].stdout.readline()
         while not (tmp_path / "last").exists():
-            assert victims[1].poll() is None, victims[1].communicate()
+            assert victims[to].poll() is None, victims[to].communicate()
             time.sleep(0.02)
-        victims[1].send_signal(signal.SIGTERM)
+        victims[to].send_signal(signal.SIGTERM)
         errors = [victim.communicate(timeout=60)[1] for victim in victims]
         assert [victim.returncode for victim in victims] == [143, 143], errors
-        assert "leaving after this optimizer step" in errors[1]
+        assert ["leaving after this optimizer step" in text for text in errors] == [to == 0, to == 1]
+        assert newest(tmp_path)[0].name == (tmp_path / "last").resolve().name
+        assert not list(tmp_path.glob(".tmp-*"))
     finally:
         for victim in victims:
             victim.kill()
@@ -270,6 +293,9 @@ ERRORS = {
     "batch_start": "OSError: no route to the tracker",
     "batch_end": "OSError: no route to the tracker",
     "epoch_end": "OSError: no route to the tracker",
+    "train_start": "OSError: no route to the tracker",
+    "validation": "LookupError: tile 17 is not in the archive",
+    "validation, forward": "ArithmeticError: this model can't go on",
 }
 ENDED = "ProcessError: process 0 lost the others: one of this run has ended"
 
@@ -543,6 +569,67 @@ def test_a_step_that_one_process_spoils_moves_no_learning_rate_anywhere(tmp_path
     expected = skipped(0, 1)
     assert 0 < expected[1] < 9
     assert run(3, skipped, tmp_path, limit=60) == [expected] * 3
+
+
+class Marked(Exact):
+    """Two samples bear a mark."""
+
+    def __getitem__(self, index):
+        image = self.images[index].clone()
+        image[0, 0, 0] = 9.0 if index in (3, 17) else 0.0
+        return {"image": image, "mask": self.masks[index]}
+
+
+class Overflows(nn.Sequential):
+    """Its gradient overflows where a sample bears the mark; its outputs and the loss do not."""
+
+    marks = 0
+
+    def forward(self, x):
+        outputs = super().forward(x)
+        if outputs.requires_grad and bool((x[:, 0, 0, 0] == 9.0).any()):
+            self.marks += 1
+            outputs.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+        return outputs
+
+
+class Scales(Callback):
+    def __init__(self):
+        self.seen, self.weights = [], []
+
+    def on_batch_end(self, trainer, batch_idx, logs):
+        state, (group,) = trainer.state, trainer.optimizer.param_groups
+        scale = trainer.precision.scaler.get_scale()
+        self.seen.append((state.optimizer_steps, state.skipped_steps, group["lr"], scale))
+        if not state.open_batches:
+            self.weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+
+
+def overflowed(rank, world):
+    scales = Scales()
+    torch.manual_seed(0)
+    model = Overflows(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 3, 1))
+    trainer = build(
+        None, world, data=Marked(25), val_data=Marked(7), model=model, callbacks=[scales], mixed_precision="fp16"
+    )
+    trainer.precision.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    trainer.fit(EPOCHS)
+    return scales.seen, torch.stack(scales.weights), model.marks
+
+
+def test_an_overflow_in_one_process_has_all_skip_the_same_steps(tmp_path):
+    """Trap 5, in several processes: weights, schedule and scale are those of one process, step by step."""
+    seen, weights, _ = overflowed(0, 1)
+    steps, skipped, *_ = seen[-1]
+    assert steps + skipped == STEPS
+    assert 0 < skipped < STEPS
+    results = run(2, overflowed, tmp_path, limit=60)
+    assert sum(marks for *_, marks in results) == 2 * EPOCHS
+    assert all(marks < skipped for *_, marks in results)  # each skips steps that are sound in itself
+    for (found, found_weights, _), other in zip(results, reversed(results), strict=True):
+        assert found == seen
+        assert torch.equal(found_weights, other[1])
+        torch.testing.assert_close(found_weights, weights, rtol=0, atol=1e-3)
 
 
 def masks(rank, world):

@@ -43,18 +43,24 @@ class Exact(Augmented):
 
 
 class Fails(Augmented):
+    def __init__(self, samples=SAMPLES, at=5):
+        super().__init__(samples)
+        self.at = at
+
     def __getitem__(self, index):
-        if os.environ["RANK"] == "1" and len(self.loaded) == 5:
+        if os.environ["RANK"] == "1" and len(self.loaded) == self.at:
             raise LookupError("tile 17 is not in the archive")
         return super().__getitem__(index)
 
 
 class FailsForward(nn.Sequential):
-    calls = 0
+    def __init__(self, *layers, training=True, at=4):
+        super().__init__(*layers)
+        self.calls, self.place = 0, (training, at)
 
     def forward(self, x):
-        self.calls += 1
-        if os.environ["RANK"] == "1" and self.calls == 4:
+        self.calls += self.training is self.place[0]
+        if os.environ["RANK"] == "1" and (self.training, self.calls) == self.place:
             raise ArithmeticError("this model can't go on")
         return super().forward(x)
 
@@ -66,6 +72,9 @@ class FailsInHook(Callback):
     def _maybe(self, hook, number):
         if os.environ["RANK"] == "1" and (hook, number) == (self.hook, self.at):
             raise OSError("no route to the tracker")
+
+    def on_train_start(self, trainer):
+        self._maybe("train_start", 0)
 
     def on_batch_start(self, trainer, batch_idx):
         self._maybe("batch_start", batch_idx)
@@ -86,9 +95,13 @@ def failing(place):
     """Return what the Trainer has to be built with so that process 1 fails in this place."""
     if place == "dataset":
         return {"data": Fails()}
+    if place == "validation":
+        return {"val_data": Fails(7, at=1)}
     if place == "forward":
         return {"model": FailsForward(*network())}
-    return {"callbacks": [FailsInHook(place, 0 if place == "epoch_end" else 2)]} if place else {}
+    if place == "validation, forward":
+        return {"model": FailsForward(*network(), training=False, at=1)}
+    return {"callbacks": [FailsInHook(place, 2 if place.startswith("batch") else 0)]} if place else {}
 
 
 def build(folder, world, *, data=None, val_data=None, model=None, callbacks=(), checkpoints=None, **kwargs):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from victim import ACCUMULATION, BATCH, EPOCHS, SAMPLES, Augmented, Log, build, digest, network, start_victim
+from victim import ACCUMULATION, BATCH, EPOCHS, SAMPLES, STEPS, Augmented, Log, build, digest, network, start_victim
 
 from ununennium.losses import DiceLoss
 from ununennium.metrics import IoU
@@ -28,6 +28,7 @@ from ununennium.training import (
     LRSchedulerCallback,
     Trainer,
 )
+from ununennium.training.checkpoint import read
 from ununennium.training.errors import DataOrderError
 from ununennium.training.loading import EpochLoader
 
@@ -59,8 +60,11 @@ def position(checkpoint):
 
 @pytest.mark.parametrize("precision", [False, True, "fp16"])
 def test_every_checkpoint_leads_to_the_same_bits(tmp_path, precision):
-    """Every optimizer step is a legal place to die; rates, patience and best value are part of what is compared."""
+    """Every optimizer step is a legal place to die; rates, patience, best value and scale are compared, too."""
     _, expected, checkpoints = whole_run(tmp_path / "whole", mixed_precision=precision)
+    if precision == "fp16":
+        scales = {tuple(read(c).training["precision"][k] for k in ("scale", "_growth_tracker")) for c in checkpoints}
+        assert scales == {(8.0 * 2.0 ** (step // 3), step % 3) for step in range(1, STEPS + 1)}
     places = [(position(c)["epoch"], position(c)["batch"]) for c in checkpoints]
     inside = [(epoch, batch) for epoch in range(EPOCHS) for batch in (4, 8, 12, BATCHES)]
     assert places == sorted([*inside, *((epoch, 0) for epoch in range(1, EPOCHS + 1))])
@@ -101,12 +105,13 @@ def test_a_batch_replayed_or_skipped_on_purpose_is_seen(tmp_path, monkeypatch, o
     assert resumed(checkpoints[1], tmp_path / "resumed")[1] != expected
 
 
-@pytest.mark.parametrize("forgotten", ["figures", "random", "digest", "callbacks", "optimizer"])
+@pytest.mark.parametrize("forgotten", ["figures", "random", "digest", "callbacks", "optimizer", "precision"])
 def test_each_part_of_the_state_is_compared(tmp_path, monkeypatch, forgotten):
     """Controls again: a checkpoint that leaves something out ends elsewhere, or is refused."""
     from ununennium.training import checkpoint as package
 
-    _, expected, checkpoints = whole_run(tmp_path / "whole")
+    options = {"mixed_precision": "fp16"} if forgotten == "precision" else {}
+    _, expected, checkpoints = whole_run(tmp_path / "whole", **options)
     contents = package.read(checkpoints[5])
     training = contents.training
     if forgotten == "figures":
@@ -119,12 +124,14 @@ def test_each_part_of_the_state_is_compared(tmp_path, monkeypatch, forgotten):
         training["callbacks"][2][1]["scheduler"]["last_epoch"] -= 1
     if forgotten == "optimizer":
         training["optimizer"]["state"] = {}
+    if forgotten == "precision":
+        training["precision"]["_growth_tracker"] = 0  # how many steps have gone well at this scale
     package.write(tmp_path / "less", contents)
     if forgotten == "digest":
         with pytest.raises(DataOrderError):
             resumed(tmp_path / "less", tmp_path / "resumed")
     else:
-        assert resumed(tmp_path / "less", tmp_path / "resumed")[1] != expected
+        assert resumed(tmp_path / "less", tmp_path / "resumed", **options)[1] != expected
 
 
 def test_the_samples_are_those_of_the_whole_run_and_none_is_loaded_again(tmp_path):
@@ -389,7 +396,7 @@ def test_a_metric_that_no_checkpoint_could_hold_is_found_before_the_first_step(t
             self.function = print
 
     trainer = build(tmp_path, metrics={"iou": IoU(3, ignore_index=255), "holds": Holds()})
-    with pytest.raises(TypeError, match=r"metrics.*function is a builtins\.builtin_function_or_method"):
+    with pytest.raises(TypeError, match=r"of the metric .* is or holds a builtins\.builtin_function_or_method"):
         trainer.fit(1)
     assert trainer.state.optimizer_steps == 0
 

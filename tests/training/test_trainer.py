@@ -4,6 +4,7 @@ import inspect
 import math
 import random
 from collections import namedtuple
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torchmetrics
 from sklearn.metrics import f1_score, jaccard_score
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from waiting import FromHookToHook
 
 from ununennium.losses import DiceLoss
 from ununennium.metrics import IoU
@@ -20,6 +22,8 @@ from ununennium.training import (
     BatchError,
     Callback,
     CheckpointCallback,
+    EMACallback,
+    LRSchedulerCallback,
     NonFiniteError,
     ProgressCallback,
     Trainer,
@@ -279,16 +283,71 @@ def test_modes_of_every_module_are_put_back(make_data):
     assert not torch.equal(model[3].running_mean, statistics[1])
 
 
-def test_modes_and_random_state_are_put_back_after_an_error_in_validation(make_model, loader):
-    class Fails(IoU):
-        def compute(self):
-            raise RuntimeError("broken")
+def draw():
+    random.random(), np.random.rand(), torch.rand(())
 
-    model = make_model()
-    trainer = make_trainer(model, loader, loader, metrics=[Fails(4)])
-    with pytest.raises(RuntimeError, match="broken"):
+
+def random_states():
+    return random.getstate(), np.random.get_state()[1:3], torch.get_rng_state()
+
+
+def are_same(states, others):
+    (python, (key, place), torchs), (other, (other_key, other_place), other_torchs) = states, others
+    return python == other and (key == other_key).all() and place == other_place and torch.equal(torchs, other_torchs)
+
+
+class DrawsInForward(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            draw()
+        return x
+
+
+class DrawsInUpdate(IoU):
+    def update(self, outputs, targets):
+        draw()
+        super().update(outputs, targets)
+
+
+class Fails(IoU):
+    def update(self, outputs, targets):
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "and validation fails"])
+@pytest.mark.parametrize("who", ["model", "metric", "val_transform"])
+def test_modes_and_random_state_are_as_before_whatever_draws_in_validation(make_model, loader, who, fails):
+    """Trap 18: outside the loader, which draws from generators of its own."""
+    model = nn.Sequential(make_model(), DrawsInForward()) if who == "model" else make_model()
+    model[0].eval()
+    flags = [m.training for m in model.modules()]
+    metrics = {"drawing": DrawsInUpdate(4) if who == "metric" else IoU(4)}
+    options = {"val_transform": lambda batch: (draw(), batch)[1]} if who == "val_transform" else {}
+    metrics |= {"failing": Fails(4)} if fails else {}
+    trainer = make_trainer(model, loader, loader, metrics=metrics, **options)
+    with trainer.evaluating():  # the control: something is drawn
+        before = random_states()
+        _, result = trainer.evaluate(next(iter(loader)))
+        metrics["drawing"].update(result.outputs, result.targets)
+        drawn = random_states()
+    assert not are_same(before, drawn)
+    assert are_same(before, random_states())
+    with pytest.raises(RuntimeError, match="broken") if fails else nullcontext():
         trainer.validate()
-    assert all(m.training for m in model.modules())
+    assert are_same(before, random_states())
+    assert [m.training for m in model.modules()] == flags
+
+
+def test_what_draws_in_validation_does_not_change_what_is_trained(make_data):
+    """The first epoch's validation lies before the second one's dropout."""
+
+    def trained(*drawing):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5), *drawing).double()
+        make_trainer(model, DataLoader(make_data(8), 2, shuffle=True), DataLoader(make_data(4), 2)).fit(2)
+        return weights_of(model)
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(), trained(DrawsInForward()), strict=True))
 
 
 def test_a_model_left_in_eval_mode_is_trained_in_train_mode_and_given_back(make_data):
@@ -467,21 +526,79 @@ def test_a_step_without_targets_counts_samples(make_model, make_data):
     assert history["train_loss"][0] == pytest.approx(float((model(images) - images).pow(2).mean().detach()), rel=1e-12)
 
 
-def test_no_item_is_read_in_a_step(make_model, loader, monkeypatch, as_on_an_accelerator):
-    item = torch.Tensor.item
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    "loss_fn", [nn.CrossEntropyLoss(ignore_index=IGNORE), DiceLoss(ignore_index=IGNORE)], ids=["cross-entropy", "dice"]
+)
+def test_from_hook_to_hook_nobody_waits_for_the_device(
+    make_model, make_data, monkeypatch, as_on_an_accelerator, loss_fn, accumulation
+):
+    """Not the step, nor metrics, clipping, a schedule by batches, averages, progress, nor what hands on the loss."""
 
-    class Guard(Callback):  # from one hook to the other, so that the loader may do as it likes
-        def on_batch_start(self, trainer, batch_idx):
-            monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("a step waited for the device"))
+    def counted(cells, minlength):  # which is how metrics count where a size would have to be waited for
+        return torch.zeros(minlength, dtype=torch.int64).scatter_add_(0, cells.long(), torch.ones_like(cells).long())
 
+    monkeypatch.setattr(torch, "bincount", counted)
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    with FromHookToHook() as watched:
+        usual = [LRSchedulerCallback(schedule, step_on="batch"), EMACallback(decay=0.9), ProgressCallback()]
+        trainer = make_trainer(
+            model, DataLoader(make_data(10, ignored=0.5), 2), DataLoader(make_data(4), 2), loss_fn, optimizer,
+            callbacks=[watched.first, *usual, watched.last], gradient_accumulation_steps=accumulation,
+            gradient_clip_norm=1.0,
+        )  # fmt: skip
+        history = trainer.fit(2)
+    assert watched.batches == 9
+    assert schedule.last_epoch == trainer.state.optimizer_steps == 2 * -(-5 // accumulation)
+    assert {"train_loss", "train_iou"} <= set(history)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        float, int, bool, lambda loss: loss.item(), lambda loss: loss.tolist(), lambda loss: loss.cpu(),
+        lambda loss: loss.to("cpu"), lambda loss: loss.numpy(), lambda loss: f"{loss:.3f}", str,
+        lambda loss: torch.tensor(0.0), lambda loss: loss.reshape(1).nonzero(),
+    ],
+)  # fmt: skip
+def test_a_callback_that_waits_for_the_device_is_seen(make_model, loader, as_on_an_accelerator, read):
+    """The control."""
+
+    class Reads(Callback):
         def on_batch_end(self, trainer, batch_idx, logs):
-            monkeypatch.setattr(torch.Tensor, "item", item)
+            read(logs["train_loss"])
 
-    trainer = make_trainer(
-        make_model(), loader, loader, callbacks=[Guard()], gradient_accumulation_steps=2, gradient_clip_norm=1.0
-    )
-    trainer.fit(1)
-    assert trainer.state.optimizer_steps == 5
+    with FromHookToHook() as watched:
+        trainer = make_trainer(make_model(), loader, callbacks=[watched.first, Reads(), watched.last])
+        with pytest.raises(AssertionError):
+            trainer.fit(1)
+    assert watched.batches == 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_callbacks_are_given_the_steps_own_loss_detached(make_model, loader, accumulation):
+    losses, given = [], []
+
+    class Keeps(Trainer):
+        def compute_loss(self, batch):
+            result = super().compute_loss(batch)
+            losses.append(result[0])
+            return result
+
+    class Takes(Callback):
+        def on_batch_end(self, trainer, batch_idx, logs):
+            given.append(logs["train_loss"])
+
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"callbacks": [Takes()], "gradient_accumulation_steps": accumulation, "device": "cpu", "progress": False}
+    Keeps(model, optimizer, nn.CrossEntropyLoss(), loader, **options).fit(1)
+    assert len(given) == len(losses) == 10
+    for loss, own in zip(given, losses, strict=True):
+        assert (type(loss), loss.ndim, loss.requires_grad, loss.dtype) == (torch.Tensor, 0, False, torch.float64)
+        assert loss.data_ptr() == own.data_ptr()  # no copy, nor a number that was read and wrapped again
 
 
 def test_nan_is_kept_in_the_history_where_nothing_was_valid(make_model, make_data):

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Subset
+from waiting import NoSynchronisation
 
 from ununennium.losses import DiceLoss
 from ununennium.training import Callback, Trainer
@@ -259,15 +259,6 @@ def test_ignore_index_may_be_a_numpy_integer():
 
 def test_a_step_without_targets_counts_samples_whatever_the_loss():
     assert target_counter(DiceLoss())(None, None, torch.zeros(5, 3)) == 5
-
-
-class NoSynchronisation(TorchDispatchMode):
-    """Fail where the host would wait for a device: reading a value, a size that depends on values, a copy to it."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "lift_fresh", "bincount", "item"), name
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,10 @@ def averages(kind):
 
 
 def build(folder, workers=0, *, data=None, callbacks=(), checkpoints=None, model=None, **kwargs):
-    """Return the Trainer; every start begins from other weights and generators, as a forgetful script would."""
+    """Return the Trainer; every start begins from other weights and generators, as a forgetful script would.
+
+    In fp16 the loss scale grows as the run goes on, every third step.
+    """
     torch.manual_seed(int.from_bytes(os.urandom(4), "little") if kwargs.pop("unseeded", True) else 0)
     model = model or network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -132,7 +135,7 @@ def build(folder, workers=0, *, data=None, callbacks=(), checkpoints=None, model
     loaders = {"batch_size": BATCH, "num_workers": workers, "persistent_workers": workers > 0}
     train = DataLoader(data or Augmented(), shuffle=True, **loaders)
     every = {"every_n_steps": 1, "keep_last": 2, **(checkpoints or {})}
-    return Victim(
+    trainer = Victim(
         model,
         optimizer,
         nn.CrossEntropyLoss(ignore_index=255),
@@ -153,10 +156,16 @@ def build(folder, workers=0, *, data=None, callbacks=(), checkpoints=None, model
         progress=False,
         **kwargs,
     )
+    if trainer.precision.scales:  # the usual one stays what it is for 2000 steps
+        trainer.precision.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    return trainer
 
 
 def digest(trainer):
-    """Return SHA-256 over all that a run leaves: weights, optimizer, callbacks, history, counters, random states."""
+    """Return SHA-256 over all that a run leaves.
+
+    That is weights, optimizer, callbacks, history, counters, the loss scale, random states.
+    """
     hashed = hashlib.sha256()
 
     def take(value):
@@ -180,6 +189,7 @@ def digest(trainer):
         for c in trainer.callbacks.with_memory
     ]
     take([dict(trainer.model.state_dict()), trainer.optimizer.state_dict(), callbacks, trainer.history, state])
+    take(trainer.precision.state_dict())
     take([random.getstate(), np.random.get_state(), torch.get_rng_state()])
     return hashed.hexdigest()
 

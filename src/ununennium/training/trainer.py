@@ -752,8 +752,8 @@ class Trainer:
     def _settings(self) -> dict[str, Any]:
         return {
             "loss_fn": getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__),
-            "loss_options": self._loss_options,
             "ignore_index": loss_setting(self.loss_fn, "ignore_index"),
+            "loss_options": self._loss_options,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "gradient_clip_norm": self.gradient_clip_norm,
             "mixed_precision": self.precision.name,

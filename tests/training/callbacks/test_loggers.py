@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from logging_victim import EPOCHS, MAKE, STEPS, build
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
+from waiting import NoSynchronisation
 
 from ununennium.training import Callback, CheckpointCallback, CSVLogger, Logger, TensorBoardLogger, Trainer
 from ununennium.training.callbacks import logger as base
@@ -482,15 +482,6 @@ def test_an_image_of_another_kind_is_refused(tmp_path, image):
 
 
 # Nobody waits for the device
-
-
-class NoSynchronisation(TorchDispatchMode):
-    """Fail where the host would wait for a device."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "lift_fresh", "bincount", "item"), name
-        return function(*args, **(kwargs or {}))
 
 
 def test_on_an_accelerator_no_step_waits_for_its_values(tmp_path, monkeypatch):

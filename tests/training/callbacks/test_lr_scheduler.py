@@ -6,7 +6,8 @@ from torch import nn
 from torch.optim import lr_scheduler as sched
 
 from ununennium.metrics import IoU
-from ununennium.training import Callback, CheckpointError, LRSchedulerCallback, Trainer
+from ununennium.training import Callback, CheckpointCallback, CheckpointError, LRSchedulerCallback, Trainer
+from ununennium.training.checkpoint import read
 
 
 class Rates(Callback):
@@ -84,6 +85,33 @@ def test_rates_are_a_hand_written_loops_also_after_a_resume(scripted, tmp_path, 
         second.load(tmp_path / f"{cut}")
         second.fit(4)
         assert (rates.by_batch, rates.by_epoch) == (by_batch[5 * cut :], by_epoch[cut:])
+
+
+def test_a_plateaus_patience_and_cooldown_go_on_from_every_checkpoint(scripted, tmp_path):
+    """Trap 11: how many epochs were bad, how long it waits after a cut, and the best value are all remembered."""
+    values = [1.0, 2.0, 2.0, 2.0, 2.0, 0.5, 2.0, 2.0, 2.0]
+    expected = [1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.01]  # cut after epochs 2 and 7, the second bad one each
+
+    def trainer_of(folder):
+        model, optimizer = make()
+        plateau = sched.ReduceLROnPlateau(optimizer, factor=0.1, patience=1, cooldown=2)
+        schedule = LRSchedulerCallback(plateau, monitor="figure")
+        saver = CheckpointCallback(folder, "figure", save_best_only=False)
+        rates = Rates()
+        return scripted(values, [rates, schedule, saver], model=model, optimizer=optimizer), rates
+
+    trainer, rates = trainer_of(tmp_path / "whole")
+    trainer.fit(9)
+    assert rates.by_epoch == pytest.approx(expected)
+    whole, memories = rates.by_epoch, []
+    for epoch in range(1, 9):
+        (checkpoint,) = (tmp_path / "whole").glob(f"step-{epoch:08d}-*")
+        memories.append(read(checkpoint).training["callbacks"][0][1]["scheduler"])
+        trainer, rates = trainer_of(tmp_path / f"{epoch}")
+        trainer.fit(9, resume=checkpoint)
+        assert rates.by_epoch == whole[epoch:], epoch
+    assert [memory["num_bad_epochs"] for memory in memories] == [0, 1, 0, 0, 0, 0, 1, 0]
+    assert [memory["cooldown_counter"] for memory in memories] == [0, 0, 2, 1, 0, 0, 0, 2]
 
 
 def test_plateau_monitors_the_validation_loss_by_default():

@@ -1,5 +1,7 @@
 """The files of a checkpoint: complete, verified, readable by anyone, harmless."""
 
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -11,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from ununennium._checkpoint_files import digest_of
-from ununennium.training import CheckpointError
-from ununennium.training.checkpoint import Contents, read, write
+from ununennium.training import CheckpointError, EMACallback, Trainer, export_weights
+from ununennium.training.checkpoint import Contents, Share, Writer, begin, newest, read, write
 from ununennium.training.checkpoint.plain import pack, unpack
+from ununennium.training.errors import DamagedCheckpointError
 
 
 def contents(training=None):
@@ -137,13 +141,111 @@ def test_missing_and_malicious_files_are_refused(tmp_path, name):
     read(tmp_path / "c")
 
 
+class Executes:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.folder),))
+
+
+def sign(folder, manifest):
+    """Write a manifest with the digest that it would have been written with."""
+    manifest = {k: v for k, v in manifest.items() if k != "sha256"}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest_of(manifest)}, indent=1))
+
+
+def put(folder, name, data):
+    """Put a file in place of another; size and digests are right, as whoever can write the one file makes them."""
+    (folder / name).write_bytes(data)
+    if name != "manifest.json":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        sign(folder, manifest)
+
+
+def averaging_trainer():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    batches = [(torch.ones(2, 2), torch.ones(2, 1))]
+    options = {"callbacks": [EMACallback(decay=0.5)], "device": "cpu", "progress": False}
+    return Trainer(model, optimizer, nn.MSELoss(), batches, **options)
+
+
+def checkpoint_of_a_run(path, processes):
+    """Save a run with averages; as several processes do, each of which writes a part."""
+    trainer = averaging_trainer()
+    trainer.fit(1)
+    if processes == 1:
+        return trainer.save(path)
+    aside = begin(path)
+    held = read(trainer.save(path.with_name("whole")))
+    writers = [Writer() for _ in range(processes)]
+    for rank, writer in enumerate(writers):
+        writer.save(path, held, share=Share(rank, processes, aside))
+    for writer in writers:
+        writer.wait()
+    return path
+
+
+def in_framing(data):
+    """Return bytes as the header of a safetensors file, where JSON is meant to be."""
+    return len(data).to_bytes(8, "little") + data
+
+
+def payloads(folder):
+    """Return what runs code for whoever unpickles it, in a file of its own or where a parser looks next."""
+    harm = Executes(folder)
+    saved = io.BytesIO()
+    torch.save(harm, saved)
+    old = io.BytesIO()
+    torch.save(harm, old, _use_new_zipfile_serialization=False)
+    texts = [pickle.dumps(harm, protocol) for protocol in (0, 2, 5)]
+    return [*texts, saved.getvalue(), old.getvalue(), *map(in_framing, texts)]
+
+
+def files_of(processes):
+    parts = [""] if processes == 1 else [f".{rank}" for rank in range(processes)]
+    sharded = [f"{stem}{part}.safetensors" for stem in ("model", "training", "averaged") for part in parts]
+    return [*sharded, "training.json", "manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "name"), [(processes, name) for processes in (1, 2) for name in files_of(processes)]
+)
+def test_a_pickle_is_never_run_though_all_digests_are_right(tmp_path, processes, name):
+    """Trap 25: whoever can write a file can write its digest, so that it is the parsers that must be harmless."""
+    path = checkpoint_of_a_run(tmp_path / "runs" / "step-00000001-0001", processes)
+    assert sorted(os.listdir(path)) == sorted(files_of(processes))
+    put(path, name, (path / name).read_bytes())  # the control: so signed, a sound file is taken
+    averaging_trainer().load(path)
+    assert newest(path.parent)[0] == path
+    export_weights(path, tmp_path / "sound.safetensors")
+    executed = tmp_path / "executed"
+    pickle.loads(payloads(executed)[0])
+    executed.rmdir()  # and this is what a payload does
+    for payload in payloads(executed):
+        put(path, name, payload)
+        trainer = averaging_trainer()
+        weights = [p.clone() for p in trainer.model.parameters()]
+        for load in (trainer.load, trainer.load_weights):
+            with pytest.raises(DamagedCheckpointError, match=r"can't be understood|manifest\.json is damaged"):
+                load(path)
+        assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
+        with pytest.raises(DamagedCheckpointError):
+            export_weights(path, tmp_path / "weights.safetensors")
+        with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError, match="not one of the 1"):
+            newest(path.parent)
+        assert not executed.exists()
+        assert not (tmp_path / "weights.safetensors").exists()
+
+
 def test_a_newer_format_says_what_to_do(tmp_path):
     write(tmp_path / "c", contents())
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
-    manifest["format"] = 99
-    del manifest["sha256"]
-    manifest["sha256"] = digest_of(manifest)
-    (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    sign(tmp_path / "c", manifest | {"format": 99})
     with pytest.raises(CheckpointError, match=r"format version 99.*upgrade"):
         read(tmp_path / "c")
 

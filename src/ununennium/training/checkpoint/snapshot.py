@@ -199,10 +199,20 @@ def _compare(there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise for the first setting in which a run differs from the one that was left."""
     for name, value in here.items():
         if name in there and there[name] != value:
+            before, now = _differing(there[name], value)
             raise CheckpointError(
-                f"the checkpoint's run had {name}={there[name]!r}, this one has {value!r}, so that it can't go "
+                f"the checkpoint's run had {name}={before!r}, this one has {now!r}, so that it can't go "
                 "on as if it had not been left: pass the same, or take the weights alone with Trainer.load_weights"
             )
+
+
+def _differing(there: Any, here: Any) -> tuple[Any, Any]:
+    """Return of two mappings the parts in which they differ, of anything else both."""
+    if not (isinstance(there, Mapping) and isinstance(here, Mapping)):
+        return there, here
+    alike = {name for name in there.keys() & here.keys() if there[name] == here[name]}
+    before, now = ({k: v for k, v in values.items() if k not in alike} for values in (there, here))
+    return before, now
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ _OF_NUMPY = {
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64,
 }  # fmt: skip
 _ALIGNED = 16  # bytes: no element is larger
+_LONGEST = 600.0  # seconds that a process may take before it begins to write its part
 
 
 class Share(NamedTuple):
@@ -50,6 +51,37 @@ class Share(NamedTuple):
     rank: int
     size: int
     aside: Path
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Hold a lock that goes with this process, by which process 0 sees whether it lives."""
+        sign = self._sign_of(self.rank)
+        begun = sign.with_suffix(".begun")
+        try:
+            descriptor = os.open(begun, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:  # which the files will meet, too, and tell
+            yield
+            return
+        try:
+            if _lock(descriptor):
+                os.rename(begun, sign)  # with the lock on it
+            yield
+        finally:
+            os.close(descriptor)
+
+    def is_lost(self, rank: int, waited: float) -> bool:
+        """Tell whether another process has ended while it wrote its part, or did not begin for so many seconds."""
+        try:
+            descriptor = os.open(self._sign_of(rank), os.O_RDWR)
+        except OSError:
+            return waited > _LONGEST and not self._sign_of(rank).with_suffix(".begun").exists()
+        try:
+            return _lock(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _sign_of(self, rank: int) -> Path:
+        return self.aside / f".{rank}.works"
 
     def tell(self, message: dict[str, Any]) -> None:
         """Tell process 0 what was written; nobody reads half of it."""
@@ -66,7 +98,20 @@ class Share(NamedTuple):
         except FileNotFoundError:
             return None
         path.unlink()
+        for sign in (self._sign_of(rank), self._sign_of(rank).with_suffix(".begun")):
+            sign.unlink(missing_ok=True)
         return message
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file, unless somebody has it, or files can't be locked here."""
+    try:
+        import fcntl  # not everywhere
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, ImportError):
+        return False
+    return True
 
 
 _Place = tuple[int, int, torch.dtype, torch.Size]  # in the buffer: first byte, end, type, shape
@@ -197,23 +242,24 @@ class Writer:
 
     def _write(self, path: Path, copy: "_Copy", share: Share, done: Done) -> None:
         failure = None
-        try:
-            if copy.arrived is not None:
-                copy.arrived.synchronize()
-            copy.check_finite()
-            described = write_files(share.aside, copy.files(share))
-            if share.rank == 0:
-                for other in range(1, share.size):
-                    described |= self._part_of(share, other)
-                commit(share.aside, path, described, copy.info)
-            else:
-                share.tell({"files": described})
-        except Exception as error:
-            failure = _with_remedy(error, path)
-            if share.rank == 0:
-                give_up(share.aside)
-            else:
-                share.tell({"error": str(failure)})
+        with share.at_work() if share.rank else nullcontext():
+            try:
+                if copy.arrived is not None:
+                    copy.arrived.synchronize()
+                copy.check_finite()
+                described = write_files(share.aside, copy.files(share))
+                if share.rank == 0:
+                    for other in range(1, share.size):
+                        described |= self._part_of(share, other)
+                    commit(share.aside, path, described, copy.info)
+                else:
+                    share.tell({"files": described})
+            except Exception as error:
+                failure = _with_remedy(error, path)
+                if share.rank == 0:
+                    give_up(share.aside)
+                else:
+                    share.tell({"error": str(failure)})
         try:
             done(failure)
         except Exception as error:
@@ -222,12 +268,17 @@ class Writer:
 
     def _part_of(self, share: Share, rank: int) -> dict[str, Any]:
         """Wait until another process has written its part, and return what it says of it."""
+        begin = time.monotonic()
         while (told := share.told_by(rank)) is None:
-            if time.monotonic() > self._patience:
+            now = time.monotonic()
+            lost = now > self._patience or share.is_lost(rank, now - begin)
+            if lost and (told := share.told_by(rank)) is None:  # it may have told in between, and gone
                 raise CheckpointError(
                     f"process {rank} did not write its part, as another process of this run has ended: see in its "
                     "output why, and start the run again"
                 )
+            if told is not None:
+                break
             time.sleep(0.005)
         if "error" in told:
             raise CheckpointError(f"process {rank} could not write its part: {told['error']}")
