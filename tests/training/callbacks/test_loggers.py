@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ def in_tensorboard(folder):
 
 def in_mlflow(folder):
     found = defaultdict(list)
-    with sqlite3.connect(folder / "mlflow.db") as database:
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
         assert database.execute("select count(*) from runs").fetchone() == (1,)
         for key, step, value in database.execute("select key, step, value from metrics order by timestamp"):
             kind, _, name = key.partition("/")
