@@ -76,3 +76,17 @@ def torchrun(script, *args, world=2, options=(), **environment):
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         start_new_session=True,
     )  # fmt: skip
+
+
+def watch_collectives(names, seen):
+    """Have ``seen()`` called with every call of these functions of torch.distributed."""
+
+    def watched(function):
+        def call(*args, **kwargs):
+            seen()
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, watched(getattr(dist, name)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp  # here, and not in each forked process: it takes a second
-from processes import run
+from processes import run, watch_collectives
 from safetensors.torch import load_file
 from test_same_result import Tiles, assert_same, one, train
 from test_together import Sends
@@ -206,16 +206,10 @@ class Reductions(Callback):
 
     def __init__(self):
         self.calls, self.after = 0, []
-        for name in dir(dist):
-            if name.startswith("reduce_scatter"):
-                setattr(dist, name, self._counted(getattr(dist, name)))
+        watch_collectives([name for name in dir(dist) if name.startswith("reduce_scatter")], self._count)
 
-    def _counted(self, function):
-        def call(*args, **kwargs):
-            self.calls += 1
-            return function(*args, **kwargs)
-
-        return call
+    def _count(self):
+        self.calls += 1
 
     def on_batch_start(self, trainer, batch_idx):
         self.calls = 0

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchmetrics
-from processes import free_port, run, torchrun
+from processes import free_port, run, torchrun, watch_collectives
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from victim_ddp import EPOCHS, STEPS, Augmented, Exact, build, exact_network, failing, network, train
@@ -501,15 +501,10 @@ class Counts(Callback):
 
     def __init__(self):
         self.reductions, self.calls, self.after = 0, 0, []
-        for name in ("all_reduce", "all_gather_object", "broadcast", "broadcast_object_list"):
-            setattr(dist, name, self._counted(getattr(dist, name)))
+        watch_collectives(["all_reduce", "all_gather_object", "broadcast", "broadcast_object_list"], self._count)
 
-    def _counted(self, function):
-        def call(*args, **kwargs):
-            self.calls += 1
-            return function(*args, **kwargs)
-
-        return call
+    def _count(self):
+        self.calls += 1
 
     def _hook(self, state, bucket):
         self.reductions += 1

@@ -269,16 +269,17 @@ class Writer:
     def _part_of(self, share: Share, rank: int) -> dict[str, Any]:
         """Wait until another process has written its part, and return what it says of it."""
         begin = time.monotonic()
-        while (told := share.told_by(rank)) is None:
+        while True:
             now = time.monotonic()
             lost = now > self._patience or share.is_lost(rank, now - begin)
-            if lost and (told := share.told_by(rank)) is None:  # it may have told in between, and gone
+            told = share.told_by(rank)  # asked last, since it may have told in between, and gone
+            if told is not None:
+                break
+            if lost:
                 raise CheckpointError(
                     f"process {rank} did not write its part, as another process of this run has ended: see in its "
                     "output why, and start the run again"
                 )
-            if told is not None:
-                break
             time.sleep(0.005)
         if "error" in told:
             raise CheckpointError(f"process {rank} could not write its part: {told['error']}")
